@@ -1,0 +1,43 @@
+"""AsymGQA as a PEFT method: pretrained multi-head attention becomes grouped-query attention.
+
+Importing the package registers the method (`PeftType.ASYM_GQA`), so that `get_peft_model` and
+`PeftModel.from_pretrained` know it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .config import AsymGQAConfig
+from .groups import HeadGroups
+from .tuner import AsymGQAModel, register
+
+if TYPE_CHECKING:
+    from .initialize import InitializationReport, initialize_asymgqa_weights
+    from .trainer import AsymGQATrainer
+
+__version__ = "0.1.0"
+__all__ = [
+    "AsymGQAConfig",
+    "AsymGQAModel",
+    "AsymGQATrainer",
+    "HeadGroups",
+    "InitializationReport",
+    "initialize_asymgqa_weights",
+]
+
+_LAZY = {
+    "AsymGQATrainer": "trainer",  # imports trl, which takes seconds
+    "InitializationReport": "initialize",
+    "initialize_asymgqa_weights": "initialize",
+}
+
+register()
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -1,0 +1,143 @@
+"""Configuration of the AsymGQA adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from peft import LoraConfig, PeftType
+
+from .families import SHARED_PROJECTION_NAMES
+from .groups import validate_nesting
+
+Grouping = Literal["neighbour", "random", "symmetric", "asymmetric"]
+Criterion = Literal["cosine", "residual"]
+Merge = Literal["mean", "aligned", "principal"]
+
+_NOT_SUPPORTED = {
+    "layer_replication": "it duplicates layers that share one set of weights",
+    "alora_invocation_tokens": "it switches adapters inside a sequence, but the KV cache has one number of heads",
+    "megatron_config": "its projections are sharded over heads",
+    "target_parameters": "it wraps tensors, not projections",
+}
+
+
+@dataclass
+class AsymGQAConfig(LoraConfig):
+    """Grouped-query attention with activation-informed, possibly unequal groups, and LoRA on everything else.
+
+    K and V projections are replaced by G shared heads that are trained whole; `target_modules` (default: all linear
+    layers but K, V and the head) get LoRA, with every option of `LoraConfig`.
+
+    Raises:
+        ValueError: for a bad field, with its value and the remedy.
+    """
+
+    num_key_value_heads: int | None = field(
+        default=None,
+        metadata={"help": "G: shared K/V heads per layer after conversion. Required; at most the base's KV heads."},
+    )
+    grouping: Grouping = field(
+        default="asymmetric",
+        metadata={
+            "help": "How KV heads are grouped. 'neighbour' and 'random' need no data; 'symmetric' (equal sizes) and "
+            "'asymmetric' are searched by initialize_asymgqa_weights, until then the groups are neighbours."
+        },
+    )
+    criterion: Criterion = field(
+        default="residual",
+        metadata={
+            "help": "What the search minimises: 'residual', what the chosen merge loses, or 'cosine', the published "
+            "dissimilarity of K and V activations."
+        },
+    )
+    merge: Merge = field(
+        default="principal",
+        metadata={
+            "help": "How a group's K/V become one: 'mean' of the weights, 'aligned' (Procrustes, then mean) or "
+            "'principal' (best common subspace). All but 'mean' need initialize_asymgqa_weights."
+        },
+    )
+    max_group_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Largest group in base KV heads. None: ceil(1.5 K / G), or less where padded slots would make the "
+            "plain checkpoint larger than the base."
+        },
+    )
+    refit_output: bool = field(
+        default=True,
+        metadata={"help": "Start o_proj's LoRA from a least-squares fit of the original attention output."},
+    )
+    head_groups: list[list[list[int]]] | None = field(
+        default=None,
+        metadata={
+            "help": "Groups of base KV heads, per layer. Given: used as they are. None: filled in on wrapping and by "
+            "initialize_asymgqa_weights, and saved."
+        },
+    )
+    r: int = field(default=32, metadata={"help": "LoRA rank; a higher one keeps more of the output refit."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
+    seed: int = field(default=0, metadata={"help": "Seed of random groups and of the search's restarts."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.ASYM_GQA
+        if self.target_modules is None:
+            self.target_modules = "all-linear"
+        self._check_counts()
+        self._check_choices()
+        self._check_lora()
+        if self.head_groups is not None:
+            self._check_head_groups()
+
+    def _check_counts(self) -> None:
+        if not _is_int(self.num_key_value_heads) or self.num_key_value_heads < 1:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads!r} must be an int >= 1: the number of shared K/V "
+                "heads per layer, e.g. a quarter of the base's."
+            )
+        if self.max_group_size is not None and (not _is_int(self.max_group_size) or self.max_group_size < 1):
+            raise ValueError(f"max_group_size={self.max_group_size!r} must be an int >= 1, or None for the default.")
+        if not _is_int(self.seed):
+            raise ValueError(f"seed={self.seed!r} must be an int.")
+        if not isinstance(self.refit_output, bool):
+            raise ValueError(f"refit_output={self.refit_output!r} must be True or False.")
+
+    def _check_choices(self) -> None:
+        for name, choices in (("grouping", Grouping), ("criterion", Criterion), ("merge", Merge)):
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, get_args(choices)))}.")
+
+    def _check_lora(self) -> None:
+        for name in ("target_modules", "modules_to_save"):
+            value = getattr(self, name)
+            listed = value if isinstance(value, list | set | tuple) else [value]
+            for module in listed:
+                if isinstance(module, str) and module.rpartition(".")[2] in SHARED_PROJECTION_NAMES:
+                    raise ValueError(
+                        f"{name} names {module!r}, but K and V are shared and trained whole: leave it out "
+                        '(target_modules="all-linear" means all other linear layers).'
+                    )
+        if self.bias != "none":
+            raise ValueError(
+                f"bias={self.bias!r} is not supported, K/V biases are part of the shared heads: use 'none'."
+            )
+        for name, reason in _NOT_SUPPORTED.items():
+            if getattr(self, name, None):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported, {reason}: leave it unset.")
+
+    def _check_head_groups(self) -> None:
+        validate_nesting(self.head_groups)
+        self.head_groups = [[list(group) for group in partition] for partition in self.head_groups]
+        for layer, partition in enumerate(self.head_groups):
+            if len(partition) != self.num_key_value_heads:
+                raise ValueError(
+                    f"head_groups[{layer}] has {len(partition)} groups, num_key_value_heads is "
+                    f"{self.num_key_value_heads}: make them equal."
+                )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

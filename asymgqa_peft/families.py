@@ -1,0 +1,207 @@
+"""What differs from one architecture to the next, as data. No other module branches on the family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Shape of one attention layer, in the axis letters used throughout.
+
+    Attributes:
+        hidden_size: E, model width.
+        num_attention_heads: H, query heads of the base.
+        base_kv_heads: K, KV heads of the base; query head h follows KV head h // (H / K).
+        head_dim: D.
+        rotary_dim: R, leading dimensions of a head that RoPE rotates in half-split pairs (j, j + R/2); 0 without RoPE.
+        free_keys: whether a query gain may undo a change of the keys' basis (not with a norm or clamp in between).
+        free_values: whether a value mix may undo a change of the values' basis.
+    """
+
+    hidden_size: int
+    num_attention_heads: int
+    base_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    free_keys: bool = True
+    free_values: bool = True
+
+    @property
+    def queries_per_kv(self) -> int:
+        """r = H / K."""
+        return self.num_attention_heads // self.base_kv_heads
+
+    @property
+    def pass_dim(self) -> int:
+        """D - R, dimensions of a key that RoPE leaves alone."""
+        return self.head_dim - self.rotary_dim
+
+
+@dataclass(frozen=True)
+class PaddedClass:
+    """Another stock class that holds the same weights with any number of slots.
+
+    Attributes:
+        model_type: its model type in transformers.
+        needs: values that the source configuration must have for the classes to compute the same.
+        sets: values that the other configuration then gets.
+    """
+
+    model_type: str
+    needs: dict[str, object]
+    sets: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture, declared.
+
+    Attributes:
+        attention: last component of the attention module's name.
+        query, key, value, output: names of the projections inside the attention.
+        fused_qkv: name of one projection that holds q, k and v, instead of the three; ``fused_layout`` says how:
+            "blocks" is all of q, then k, then v; "heads" is q, k, v of head 0, then of head 1, ...
+        query_norm, key_norm: RMS norms that span all heads (OLMo-2); norms within a head need no entry.
+        head_counts: attributes of the attention module that hold head counts, and what each must hold: "slots",
+            "kv_heads" or "slots_per_kv".
+        config_heads: whether its forward reads ``self.config.num_attention_heads``.
+        rotary: whether keys carry RoPE.
+        grouped: whether config and forward know a number of KV heads. If not, the shared K/V heads are repeated to
+            all heads, in the adapter and in the plain checkpoint: K/V parameters are shared, the cache is not smaller.
+        explicit_head_dim: whether the configuration lets head_dim differ from hidden_size / num_attention_heads.
+        padded_as: the class that holds padded slots in its stead.
+        refuse: config -> technical reason and remedy, or None.
+        constrained: config -> whether a norm or clamp stands between k_proj and the attention.
+        clamped: config -> whether a clamp stands between v_proj and the attention.
+    """
+
+    attention: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    fused_qkv: str | None = None
+    fused_layout: Literal["blocks", "heads"] = "blocks"
+    query_norm: str | None = None
+    key_norm: str | None = None
+    head_counts: dict[str, str] = field(default_factory=lambda: {"num_key_value_groups": "slots_per_kv"})
+    config_heads: bool = False
+    rotary: bool = True
+    grouped: bool = True
+    explicit_head_dim: bool = True
+    padded_as: PaddedClass | None = None
+    refuse: Callable[[PretrainedConfig], str | None] = lambda config: None
+    constrained: Callable[[PretrainedConfig], bool] = lambda config: False
+    clamped: Callable[[PretrainedConfig], bool] = lambda config: False
+
+    @property
+    def shared_names(self) -> tuple[str, ...]:
+        """Projections that are trained whole and take no LoRA."""
+        return (self.fused_qkv,) if self.fused_qkv else (self.key, self.value)
+
+    @property
+    def query_source(self) -> str:
+        """Module whose output is the attention's query."""
+        return self.query_norm or self.query
+
+
+def _stablelm_refusal(config: PretrainedConfig) -> str | None:
+    if getattr(config, "qk_layernorm", False):
+        return (
+            "qk_layernorm=True gives every head its own LayerNorm module, which padded slots cannot share. "
+            "Use a StableLM without it (e.g. the 3B and 1.6B models)."
+        )
+    return None
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        # LlamaConfig wants hidden_size % num_attention_heads == 0; and more engines honour Mistral's head_dim.
+        padded_as=PaddedClass("mistral", {"attention_bias": False, "mlp_bias": False}, {"sliding_window": None}),
+    ),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(constrained=lambda config: True),
+    "gemma": Family(),
+    "gemma2": Family(),
+    "gemma3_text": Family(constrained=lambda config: True),
+    "phi": Family(output="dense", constrained=lambda config: config.qk_layernorm),
+    "stablelm": Family(
+        head_counts={
+            "num_heads": "slots",
+            "num_key_value_heads": "kv_heads",
+            "num_key_value_groups": "slots_per_kv",
+        },
+        explicit_head_dim=False,
+        refuse=_stablelm_refusal,
+    ),
+    "olmo": Family(
+        constrained=lambda config: config.clip_qkv is not None,
+        clamped=lambda config: config.clip_qkv is not None,
+    ),
+    "olmo2": Family(query_norm="q_norm", key_norm="k_norm", constrained=lambda config: True),
+    "phi3": Family(
+        fused_qkv="qkv_proj",
+        head_counts={"num_key_value_heads": "kv_heads", "num_key_value_groups": "slots_per_kv"},
+        config_heads=True,
+    ),
+    "opt": Family(output="out_proj", head_counts={}, rotary=False, grouped=False),
+    "gpt_neox": Family(
+        attention="attention",
+        output="dense",
+        fused_qkv="query_key_value",
+        fused_layout="heads",
+        head_counts={},
+        grouped=False,
+    ),
+}
+
+SHARED_PROJECTION_NAMES = frozenset(name for family in FAMILIES.values() for name in family.shared_names)
+"""Projections of any family that are trained whole."""
+
+
+def find_family(config: PretrainedConfig) -> Family:
+    """The declaration for a model's configuration.
+
+    Raises:
+        ValueError: for an architecture that is not declared, or one that is refused, with reason and remedy.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type={model_type!r} is not supported: AsymGQA must know how its attention lays out heads. "
+            f"Supported: {', '.join(sorted(FAMILIES))}. Use a text-only checkpoint of one of these."
+        )
+    family = FAMILIES[model_type]
+    if reason := family.refuse(config):
+        raise ValueError(f"This {model_type} model cannot take grouped attention: {reason}")
+    return family
+
+
+def head_shape(config: PretrainedConfig) -> HeadShape:
+    """Head counts and dimensions of a supported model's attention layers."""
+    family = find_family(config)
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    constrained = family.constrained(config)
+    return HeadShape(
+        hidden_size=config.hidden_size,
+        num_attention_heads=num_heads,
+        base_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=head_dim,
+        rotary_dim=int(head_dim * _rotary_fraction(config)) if family.rotary else 0,
+        free_keys=not constrained,
+        free_values=not family.clamped(config),
+    )
+
+
+def _rotary_fraction(config: PretrainedConfig) -> float:
+    parameters = getattr(config, "rope_parameters", None)
+    if isinstance(parameters, Mapping) and "partial_rotary_factor" in parameters:
+        return parameters["partial_rotary_factor"]
+    return getattr(config, "partial_rotary_factor", None) or 1.0

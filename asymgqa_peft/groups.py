@@ -1,0 +1,193 @@
+"""Which base KV heads share one K/V head, and how unequal groups become ordinary GQA slots."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Group = tuple[int, ...]
+Partition = tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """One layer's groups as ordinary GQA: ``kv_heads`` stored K/V heads with ``slots_per_kv`` query slots each.
+
+    Query slot ``s`` attends with stored K/V head ``s // slots_per_kv``. A group with more query heads than
+    ``slots_per_kv`` has its K/V head stored more than once.
+
+    Attributes:
+        slots_per_kv: p, query slots per stored K/V head.
+        kv_source: for each stored K/V head, the group it holds. Length ``kv_heads``.
+        head_of_slot: for each slot its query head, or -1 for an empty slot. Length ``kv_heads * slots_per_kv``.
+        slot_of_head: for each query head its slot. Length H.
+    """
+
+    slots_per_kv: int
+    kv_source: tuple[int, ...]
+    head_of_slot: tuple[int, ...]
+    slot_of_head: tuple[int, ...]
+
+    @property
+    def kv_heads(self) -> int:
+        """K/V heads that the cache stores."""
+        return len(self.kv_source)
+
+    @property
+    def num_slots(self) -> int:
+        """Query slots, empty ones included."""
+        return len(self.head_of_slot)
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """A partition of the base's K KV heads into G groups, for every layer.
+
+    Attributes:
+        layers: ``layers[l][g]`` holds the sorted base KV head indices of group ``g``.
+        base_kv_heads: K, KV heads of the base.
+    """
+
+    layers: tuple[Partition, ...]
+    base_kv_heads: int
+
+    @classmethod
+    def from_lists(
+        cls, head_groups: object, num_layers: int, base_kv_heads: int, num_key_value_heads: int
+    ) -> HeadGroups:
+        """Validate nested lists, as they stand in ``adapter_config.json``.
+
+        Raises:
+            ValueError: unless every layer partitions ``range(base_kv_heads)`` into ``num_key_value_heads`` groups.
+        """
+        validate_nesting(head_groups)
+        if len(head_groups) != num_layers:
+            raise ValueError(
+                f"head_groups has {len(head_groups)} layers, the model has {num_layers}: give one partition per layer."
+            )
+        for index, partition in enumerate(head_groups):
+            _check_partition(index, partition, base_kv_heads, num_key_value_heads)
+        layers = tuple(tuple(tuple(sorted(group)) for group in partition) for partition in head_groups)
+        return cls(layers, base_kv_heads)
+
+    @classmethod
+    def neighbour(cls, num_layers: int, base_kv_heads: int, num_key_value_heads: int) -> HeadGroups:
+        """Contiguous groups of (nearly) equal size in every layer: classic GQA (Ainslie et al., 2023)."""
+        partition = split_evenly(range(base_kv_heads), num_key_value_heads)
+        return cls((partition,) * num_layers, base_kv_heads)
+
+    @classmethod
+    def random(cls, num_layers: int, base_kv_heads: int, num_key_value_heads: int, seed: int = 0) -> HeadGroups:
+        """Groups of (nearly) equal size drawn at random, independently per layer: a control."""
+        generator = random.Random(seed)
+        layers = []
+        for _ in range(num_layers):
+            heads = list(range(base_kv_heads))
+            generator.shuffle(heads)
+            layers.append(split_evenly(heads, num_key_value_heads))
+        return cls(tuple(layers), base_kv_heads)
+
+    def to_lists(self) -> list[list[list[int]]]:
+        """Nested lists that survive JSON."""
+        return [[list(group) for group in partition] for partition in self.layers]
+
+    def sizes(self, layer: int) -> tuple[int, ...]:
+        """Group sizes of one layer, in base KV heads."""
+        return tuple(len(group) for group in self.layers[layer])
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """G, groups per layer."""
+        return len(self.layers[0])
+
+    @property
+    def max_group_size(self) -> int:
+        """Size of the largest group of all layers, in base KV heads."""
+        return max(max(self.sizes(layer)) for layer in range(len(self.layers)))
+
+
+def validate_nesting(head_groups: object) -> None:
+    """Raise ValueError unless ``head_groups`` is a list (layer) of lists (group) of lists of int."""
+    if not _is_list(head_groups) or not head_groups:
+        raise ValueError(f"head_groups must be a list with one partition per layer, got {_short(head_groups)}.")
+    for index, partition in enumerate(head_groups):
+        if not _is_list(partition) or not all(_is_list(group) for group in partition):
+            raise ValueError(f"head_groups[{index}] must be a list of lists of int, got {_short(partition)}.")
+        for head in (head for group in partition for head in group):
+            if isinstance(head, bool) or not isinstance(head, int):
+                raise ValueError(f"head_groups[{index}] must hold base KV head indices (int), got {_short(head)}.")
+
+
+def _check_partition(layer: int, partition: Sequence[Sequence[int]], base_kv_heads: int, num_groups: int) -> None:
+    where = f"head_groups[{layer}]"
+    if len(partition) != num_groups:
+        raise ValueError(f"{where} has {len(partition)} groups, num_key_value_heads is {num_groups}: make them equal.")
+    if any(len(group) == 0 for group in partition):
+        raise ValueError(f"{where} has an empty group: every shared K/V head needs at least one base KV head.")
+    heads = sorted(head for group in partition for head in group)
+    if heads != list(range(base_kv_heads)):
+        raise ValueError(
+            f"{where} must hold each base KV head 0..{base_kv_heads - 1} exactly once, got {_short(heads)}."
+        )
+
+
+def split_evenly(heads: Sequence[int], num_groups: int) -> Partition:
+    """Split ``heads`` in order into ``num_groups`` groups whose sizes differ by at most one."""
+    bounds = [len(heads) * group // num_groups for group in range(num_groups + 1)]
+    return tuple(tuple(sorted(heads[start:end])) for start, end in zip(bounds, bounds[1:], strict=False))
+
+
+def default_max_group_size(num_attention_heads: int, base_kv_heads: int, num_key_value_heads: int) -> int:
+    """Cap on a group's size in base KV heads: ceil(1.5 K / G), less where the padding would cost parameters.
+
+    q_proj and o_proj are padded to G * cap * H/K slots and K/V shrink to G heads each; the cap keeps
+    2 G cap H/K + 2 G <= 2 H + 2 K, the base's own count in units of D * E. It is never below ceil(K / G), the
+    least that any partition needs.
+    """
+    queries_per_kv = num_attention_heads // base_kv_heads
+    wished = math.ceil(1.5 * base_kv_heads / num_key_value_heads)
+    affordable = (num_attention_heads + base_kv_heads - num_key_value_heads) // (num_key_value_heads * queries_per_kv)
+    return max(math.ceil(base_kv_heads / num_key_value_heads), min(wished, affordable))
+
+
+def query_heads(group: Sequence[int], queries_per_kv: int) -> list[int]:
+    """Query heads that follow the given base KV heads (r = ``queries_per_kv`` each)."""
+    return [kv * queries_per_kv + query for kv in group for query in range(queries_per_kv)]
+
+
+def slot_layout(partition: Partition, queries_per_kv: int, slots_per_kv: int | None = None) -> SlotLayout:
+    """Lay one layer's groups out as GQA slots (design: unequal groups as ordinary GQA).
+
+    Args:
+        partition: the layer's groups of base KV heads.
+        queries_per_kv: r = H / K.
+        slots_per_kv: p; default is the largest group's query heads, so that each group is stored once. With a
+            smaller p a large group's K/V head is stored ceil(size / p) times; p = 1 is the MHA shape.
+    """
+    members = [query_heads(group, queries_per_kv) for group in partition]
+    slots_per_kv = slots_per_kv or max(len(heads) for heads in members)
+    kv_source: list[int] = []
+    head_of_slot: list[int] = []
+    for group, heads in enumerate(members):
+        copies = math.ceil(len(heads) / slots_per_kv)
+        kv_source += [group] * copies
+        head_of_slot += heads + [-1] * (copies * slots_per_kv - len(heads))
+    if slots_per_kv == 1:  # MHA shape: keep the base's order of heads, nothing has to move
+        kv_source = [kv_source[head_of_slot.index(head)] for head in range(len(head_of_slot))]
+        head_of_slot = list(range(len(head_of_slot)))
+    slot_of_head = [0] * sum(len(heads) for heads in members)
+    for slot, head in enumerate(head_of_slot):
+        if head >= 0:
+            slot_of_head[head] = slot
+    return SlotLayout(slots_per_kv, tuple(kv_source), tuple(head_of_slot), tuple(slot_of_head))
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
