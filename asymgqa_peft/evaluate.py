@@ -1,0 +1,160 @@
+"""What a conversion costs and saves: perplexity, KL to the base, bytes of KV cache, decode speed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PretrainedConfig
+
+from .families import head_shape
+from .layers import SharedProjection
+from .sites import attention_sites
+
+Batch = Mapping[str, Tensor] | Tensor
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, batches: Iterable[Batch], progress: bool = False) -> float:
+    """exp of the mean next-token cross-entropy over all predicted tokens of all batches.
+
+    Args:
+        model: a causal language model, wrapped or plain; it is evaluated in eval mode and left as it was.
+        batches: dicts with `input_ids` (B, T) and optionally `attention_mask` (B, T), or LongTensors (B, T). A
+            token is predicted if it and its predecessor are attended.
+
+    Raises:
+        ValueError: if no token is predicted.
+    """
+    total, count = 0.0, 0
+    for logits, targets, mask in _predictions(model, batches, "perplexity", progress):
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        total += losses.double()[mask.flatten()].sum().item()
+        count += int(mask.sum())
+    return math.exp(total / _counted(count))
+
+
+@torch.no_grad()
+def kl_to_reference(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], progress: bool = False) -> float:
+    """Mean KL(reference || model) of the next-token distributions, in nats per predicted token.
+
+    `reference` may be `model` itself: then it is compared with its own base, the adapter disabled.
+    """
+    total, count = 0.0, 0
+    batches = list(batches)
+    own_base = reference is model
+    for batch in tqdm(batches, desc="KL", disable=not progress):
+        logits, _, mask = next(_predictions(model, [batch], "", False))
+        if own_base:
+            with model.disable_adapter():
+                expected, _, _ = next(_predictions(model, [batch], "", False))
+        else:
+            expected, _, _ = next(_predictions(reference, [batch], "", False))
+        expected = F.log_softmax(expected.float(), -1).to(logits.device)
+        losses = F.kl_div(F.log_softmax(logits.float(), -1), expected, reduction="none", log_target=True).sum(-1)
+        total += losses.double()[mask].sum().item()
+        count += int(mask.sum())
+    return total / _counted(count)
+
+
+def kv_cache_bytes_per_token(config_or_model: PretrainedConfig | nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that the cache holds for one token, over all layers.
+
+    Args:
+        config_or_model: a stock configuration, a plain model, or a wrapped one (then with the adapter in effect).
+        dtype: of the cache, normally the model's.
+    """
+    if isinstance(config_or_model, PretrainedConfig):
+        shape = head_shape(config_or_model)
+        heads = config_or_model.num_hidden_layers * shape.base_kv_heads
+    else:
+        sites = attention_sites(config_or_model)
+        shape = sites[0].shape
+        heads = sum(_stored_heads(site.key, shape.base_kv_heads) for site in sites)
+    return 2 * heads * shape.head_dim * dtype.itemsize
+
+
+@torch.no_grad()
+def decode_speed(
+    model: nn.Module, batch_size: int = 8, context: int = 256, new_tokens: int = 32, repeats: int = 3
+) -> float:
+    """Tokens generated per second by greedy decoding after a prefill of `context` random tokens, median of repeats."""
+    device = next(model.parameters()).device
+    prompt = torch.randint(0, model.config.vocab_size, (batch_size, context), device=device)
+    speeds = []
+    with _evaluating(model):
+        for _ in range(repeats):
+            cache = DynamicCache(config=model.config)
+            token = _greedy(model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits)
+            _synchronize(device)
+            start = time.perf_counter()
+            for _ in range(new_tokens):
+                token = _greedy(model(token, past_key_values=cache, use_cache=True).logits)
+            _synchronize(device)
+            speeds.append(batch_size * new_tokens / (time.perf_counter() - start))
+    return sorted(speeds)[repeats // 2]
+
+
+def as_inputs(batch: Batch) -> dict[str, Tensor]:
+    """`input_ids` (B, T) and, if given, `attention_mask` of a batch.
+
+    Raises:
+        ValueError: if the batch is neither a LongTensor (B, T) nor a mapping that holds one.
+    """
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(
+            "batches must hold LongTensors (B, T) or dicts with such an 'input_ids', got "
+            f"{type(batch).__name__}{tuple(ids.shape) if isinstance(ids, Tensor) else ''}."
+        )
+    return {name: inputs[name] for name in ("input_ids", "attention_mask") if inputs.get(name) is not None}
+
+
+class _evaluating:
+    """Eval mode inside, the former mode afterwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.training = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *exc) -> None:
+        self.model.train(self.training)
+
+
+def _predictions(model, batches, desc: str, progress: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits (B, T - 1, V), targets (B, T - 1) and mask (B, T - 1) of each batch."""
+    device = next(model.parameters()).device
+    for batch in tqdm(batches, desc=desc, disable=not progress):
+        inputs = {name: tensor.to(device) for name, tensor in as_inputs(batch).items()}
+        attended = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        with _evaluating(model):
+            logits = model(**inputs, use_cache=False).logits
+        yield logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device), attended[:, 1:] & attended[:, :-1]
+
+
+def _counted(count: int) -> int:
+    if count == 0:
+        raise ValueError("batches hold no token to predict: give sequences of at least two attended tokens.")
+    return count
+
+
+def _stored_heads(key: nn.Module, base_kv_heads: int) -> int:
+    name = key.active() if isinstance(key, SharedProjection) else None
+    return base_kv_heads if name is None else key.lora_slots[name].layout.kv_heads
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    return logits[:, -1:].argmax(-1)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

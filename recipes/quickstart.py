@@ -1,0 +1,157 @@
+"""The main job on the bundled model: wrap at 4:1, initialise, recover, merge, save, serve - next to classic GQA.
+
+Text is the standard library of the running Python: training modules for calibration and recovery, held-out modules
+for every number in the table. `bash recipes/quickstart.sh` makes the environment first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from reporting import print_report
+from safetensors.torch import save_file
+from stdlib_text import held_out_texts, token_blocks, training_texts
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from trl import SFTConfig
+
+from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, initialize_asymgqa_weights
+from asymgqa_peft.evaluate import perplexity
+
+RECIPES = Path(__file__).parent
+CLASSIC = "classic GQA (neighbour, mean, SFT)"
+OURS = "asymmetric, principal, refit, distilled"
+
+
+def main() -> None:
+    args = parse_args()
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    train = shuffled(token_blocks(training_texts(), tokenizer, args.block_size), args.seed)
+    held_out = token_blocks(held_out_texts(), tokenizer, args.block_size)
+    args.output.mkdir(parents=True, exist_ok=True)
+    held_out_file = args.output / "held_out.safetensors"
+    save_file({"blocks": held_out}, held_out_file)
+
+    rows = [row("MHA (the base)", serve(args.model, held_out_file))]
+    for arm in (CLASSIC, OURS):
+        print(f"\n== {arm}", flush=True)
+        model = wrap(arm, args)
+        if arm == OURS:
+            calibration = train[: args.calibration_blocks].split(8)
+            report = initialize_asymgqa_weights(model, calibration)
+            report.save(args.output / "initialization.json")
+        before = perplexity(model, held_out.split(8))
+        recover(model, tokenizer, train[args.calibration_blocks :], arm, args)
+        folder = args.output / ("plain" if arm == OURS else "classic")
+        save_plain(model, tokenizer, folder)
+        rows.append(row(arm, serve(folder, held_out_file), before))
+
+    print()
+    print_report(rows, seed=args.seed, recovery_tokens=args.steps * args.batch_size * args.block_size)
+    print(f"The plain checkpoint lies in {folder}")
+
+
+def wrap(arm: str, args: argparse.Namespace) -> torch.nn.Module:
+    """The bundled model as a PeftModel with one shared K/V head for four."""
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    baseline = {"grouping": "neighbour", "merge": "mean"} if arm == CLASSIC else {}
+    config = AsymGQAConfig(
+        num_key_value_heads=args.kv_heads or base.config.num_attention_heads // 4,
+        seed=args.seed,
+        task_type="CAUSAL_LM",
+        **baseline,
+    )
+    model = get_peft_model(base, config)
+    model.print_trainable_parameters()
+    return model
+
+
+def recover(model, tokenizer, blocks: torch.Tensor, arm: str, args: argparse.Namespace) -> None:
+    """The same few steps for both arms; ours learns from its own base, classic GQA from the text."""
+    trainer = AsymGQATrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(args.output / "recovery"),
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=args.steps // 20,
+            max_length=args.block_size,
+            gradient_checkpointing=False,
+            logging_steps=max(1, args.steps // 10),
+            save_strategy="no",
+            report_to=[],
+            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
+            seed=args.seed,
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": blocks[: args.steps * args.batch_size].tolist()}),
+        processing_class=tokenizer,
+        distillation_weight=1.0 if arm == OURS else 0.0,
+    )
+    trainer.train()
+
+
+def save_plain(model, tokenizer, folder: Path) -> PreTrainedModel:
+    """Merge and save beside, then rename: an earlier result is replaced whole or not at all."""
+    beside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    plain = model.merge_and_unload()
+    plain.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    return plain
+
+
+def serve(model: Path | str, held_out_file: Path) -> dict:
+    """Measure a plain checkpoint in a process that never imports this package."""
+    command = [sys.executable, str(RECIPES / "serve_plain.py"), str(model), "--blocks", str(held_out_file)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def row(arm: str, served: dict, before: float | None = None) -> dict:
+    """One line of the table; `before` is the perplexity between initialisation and recovery."""
+    return {
+        "model": arm,
+        "served as": served["class"],
+        "KV heads": served["cache_kv_heads"],
+        "KV bytes/token": served["cache_bytes_per_token"],
+        "parameters": served["parameters"],
+        "perplexity, no training": before,
+        "perplexity, recovered": served["perplexity"],
+        "decode tokens/s": served["decode_tokens_per_s"],
+    }
+
+
+def shuffled(blocks: torch.Tensor, seed: int) -> torch.Tensor:
+    """Blocks in a seeded random order."""
+    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="folder of an MHA checkpoint")
+    parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="folder for everything written")
+    parser.add_argument("--kv-heads", type=int, help="G, shared K/V heads; default: a quarter of the base's")
+    parser.add_argument("--steps", type=int, default=60, help="recovery steps per arm")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step")
+    parser.add_argument("--block-size", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--calibration-blocks", type=int, default=64, help="sequences read by the initialisation")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="LoRA's; K/V take half of it")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data order, groups and LoRA")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
