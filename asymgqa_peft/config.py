@@ -72,12 +72,12 @@ class AsymGQAConfig(LoraConfig):
     head_groups: list[list[list[int]]] | None = field(
         default=None,
         metadata={
-            "help": "Groups of base KV heads, per layer. Given: used as they are. None: filled in on wrapping and by "
-            "initialize_asymgqa_weights, and saved."
+            "help": "Groups of base KV heads, per layer, to wrap with; None for neighbours or random ones. "
+            "initialize_asymgqa_weights keeps them if grouping is 'neighbour' or 'random'; else it writes its own."
         },
     )
-    r: int = field(default=32, metadata={"help": "LoRA rank; a higher one keeps more of the output refit."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
+    r: int = field(default=64, metadata={"help": "LoRA rank; a higher one keeps more of the output refit."})
+    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
     seed: int = field(default=0, metadata={"help": "Seed of random groups and of the search's restarts."})
 
     def __post_init__(self):

@@ -57,6 +57,39 @@ class PaddedClass:
     sets: dict[str, object]
 
 
+# Named functions: tuner layers hold their family, and pickle refuses anonymous ones.
+
+
+def _never(config: PretrainedConfig) -> None:
+    return None
+
+
+def _always(config: PretrainedConfig) -> bool:
+    return True
+
+
+def _clips_qkv(config: PretrainedConfig) -> bool:
+    return config.clip_qkv is not None
+
+
+def _phi_refusal(config: PretrainedConfig) -> str | None:
+    if config.qk_layernorm:
+        return (
+            "qk_layernorm=True sizes its norms by hidden_size // num_attention_heads, which padded slots change. "
+            "Use a Phi without it (Phi-1, 1.5 and 2 are)."
+        )
+    return None
+
+
+def _stablelm_refusal(config: PretrainedConfig) -> str | None:
+    if config.qk_layernorm:
+        return (
+            "qk_layernorm=True gives every head its own LayerNorm module, which padded slots cannot share. "
+            "Use a StableLM without it (e.g. the 3B and 1.6B models)."
+        )
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture, declared.
@@ -70,10 +103,12 @@ class Family:
         head_counts: attributes of the attention module that hold head counts, and what each must hold: "slots",
             "kv_heads" or "slots_per_kv".
         config_heads: whether its forward reads ``self.config.num_attention_heads``.
+        plain_residual: whether o_proj's output is added to the residual stream as it is, not normalised before.
         rotary: whether keys carry RoPE.
         grouped: whether config and forward know a number of KV heads. If not, the shared K/V heads are repeated to
             all heads, in the adapter and in the plain checkpoint: K/V parameters are shared, the cache is not smaller.
         explicit_head_dim: whether the configuration lets head_dim differ from hidden_size / num_attention_heads.
+        rope_fields: entries of ``rope_parameters`` -> what transformers 4 called them, at the top of config.json.
         padded_as: the class that holds padded slots in its stead.
         refuse: config -> technical reason and remedy, or None.
         constrained: config -> whether a norm or clamp stands between k_proj and the attention.
@@ -91,13 +126,17 @@ class Family:
     key_norm: str | None = None
     head_counts: dict[str, str] = field(default_factory=lambda: {"num_key_value_groups": "slots_per_kv"})
     config_heads: bool = False
+    plain_residual: bool = True
     rotary: bool = True
     grouped: bool = True
     explicit_head_dim: bool = True
+    rope_fields: dict[str, str] = field(
+        default_factory=lambda: {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+    )
     padded_as: PaddedClass | None = None
-    refuse: Callable[[PretrainedConfig], str | None] = lambda config: None
-    constrained: Callable[[PretrainedConfig], bool] = lambda config: False
-    clamped: Callable[[PretrainedConfig], bool] = lambda config: False
+    refuse: Callable[[PretrainedConfig], str | None] = _never
+    constrained: Callable[[PretrainedConfig], bool] = _never
+    clamped: Callable[[PretrainedConfig], bool] = _never
 
     @property
     def shared_names(self) -> tuple[str, ...]:
@@ -110,15 +149,6 @@ class Family:
         return self.query_norm or self.query
 
 
-def _stablelm_refusal(config: PretrainedConfig) -> str | None:
-    if getattr(config, "qk_layernorm", False):
-        return (
-            "qk_layernorm=True gives every head its own LayerNorm module, which padded slots cannot share. "
-            "Use a StableLM without it (e.g. the 3B and 1.6B models)."
-        )
-    return None
-
-
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         # LlamaConfig wants hidden_size % num_attention_heads == 0; and more engines honour Mistral's head_dim.
@@ -126,11 +156,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family(),
     "qwen2": Family(),
-    "qwen3": Family(constrained=lambda config: True),
+    "qwen3": Family(constrained=_always),
     "gemma": Family(),
-    "gemma2": Family(),
-    "gemma3_text": Family(constrained=lambda config: True),
-    "phi": Family(output="dense", constrained=lambda config: config.qk_layernorm),
+    "gemma2": Family(
+        plain_residual=False,
+    ),
+    "gemma3_text": Family(plain_residual=False, constrained=_always),
+    "phi": Family(output="dense", refuse=_phi_refusal),
     "stablelm": Family(
         head_counts={
             "num_heads": "slots",
@@ -140,11 +172,8 @@ FAMILIES: dict[str, Family] = {
         explicit_head_dim=False,
         refuse=_stablelm_refusal,
     ),
-    "olmo": Family(
-        constrained=lambda config: config.clip_qkv is not None,
-        clamped=lambda config: config.clip_qkv is not None,
-    ),
-    "olmo2": Family(query_norm="q_norm", key_norm="k_norm", constrained=lambda config: True),
+    "olmo": Family(constrained=_clips_qkv, clamped=_clips_qkv),
+    "olmo2": Family(plain_residual=False, query_norm="q_norm", key_norm="k_norm", constrained=_always),
     "phi3": Family(
         fused_qkv="qkv_proj",
         head_counts={"num_key_value_heads": "kv_heads", "num_key_value_groups": "slots_per_kv"},
@@ -158,6 +187,7 @@ FAMILIES: dict[str, Family] = {
         fused_layout="heads",
         head_counts={},
         grouped=False,
+        rope_fields={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     ),
 }
 

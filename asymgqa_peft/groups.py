@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -167,6 +168,7 @@ def slot_layout(partition: Partition, queries_per_kv: int, slots_per_kv: int | N
             smaller p a large group's K/V head is stored ceil(size / p) times; p = 1 is the MHA shape.
     """
     members = [query_heads(group, queries_per_kv) for group in partition]
+    keep_order = slots_per_kv == 1  # MHA shape: keep the base's order of heads, nothing has to move
     slots_per_kv = slots_per_kv or max(len(heads) for heads in members)
     kv_source: list[int] = []
     head_of_slot: list[int] = []
@@ -174,7 +176,7 @@ def slot_layout(partition: Partition, queries_per_kv: int, slots_per_kv: int | N
         copies = math.ceil(len(heads) / slots_per_kv)
         kv_source += [group] * copies
         head_of_slot += heads + [-1] * (copies * slots_per_kv - len(heads))
-    if slots_per_kv == 1:  # MHA shape: keep the base's order of heads, nothing has to move
+    if keep_order:
         kv_source = [kv_source[head_of_slot.index(head)] for head in range(len(head_of_slot))]
         head_of_slot = list(range(len(head_of_slot)))
     slot_of_head = [0] * sum(len(heads) for heads in members)
@@ -189,5 +191,8 @@ def _is_list(value: object) -> bool:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    try:
+        text = reprlib.repr(value)  # of a bounded depth: repr itself fails on a file's thousand nested brackets
+    except ValueError:  # an int of more digits than Python converts
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."

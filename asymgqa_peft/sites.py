@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from .families import Family, HeadShape, find_family, head_shape
 from .groups import Partition
-from .layers import SharedProjection, write_head_counts
+from .layers import SharedProjection, base_weight, write_head_counts
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,17 @@ class AttentionSite:
                 weight = fits[adapter_name].weight
                 weight.zero_() if mix is None else weight.copy_(mix - torch.eye(mix.shape[-1]).to(mix))
 
+    @torch.no_grad()
+    def compose_value_mix(self, adapter_name: str, mix: Tensor) -> None:
+        """Put another matrix (H, D, D) behind each head's value mix."""
+        weight = self.value.lora_value_mix[adapter_name].weight
+        eye = torch.eye(weight.shape[-1]).to(mix)
+        weight.copy_(mix @ (weight.to(mix) + eye) - eye)
+
 
 def _base_linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return dequantize_module_weight(base).detach(), None if base.bias is None else base.bias.detach()
+    return base_weight(base), None if base.bias is None else base.bias.detach()
 
 
 def _write_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
@@ -142,7 +148,8 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
         ValueError: if the architecture is not supported, or none of its attention layers was found.
     """
     model = unwrap(model)
-    family, shape = find_family(model.config), head_shape(model.config)
+    config = getattr(model, "config", None)
+    family, shape = find_family(config), head_shape(config)
     needed = (*family.shared_names, family.output)
     found = [
         (name, module)

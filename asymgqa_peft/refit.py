@@ -1,0 +1,132 @@
+"""Re-solve an output projection so that the grouped attention reproduces the original one, as a low-rank change."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from .statistics import sum_over_ranks
+
+DAMPING = 1e-3
+"""Ridge strength, relative to the mean diagonal of the inputs' Gram (1e-4 to 1e-2 gave perplexities within 0.3 %)."""
+
+_MIX_DAMPING = 1e-4
+"""Ridge strength of the heads' mixes, relative to the mean diagonal of W_h^T W_h."""
+
+_SPARE, _STEPS = 16, 12
+"""Spare vectors and steps of the subspace iteration."""
+
+
+class OutputRefit:
+    """Streaming ridge regression of a layer's original attention output on the grouped model's.
+
+    Minimises ||Y - (W + X) Z||^2 + lam ||X||^2 over the change X of o_proj, with Z (H D, N) the inputs of o_proj in
+    the grouped model and Y (E, N) the outputs (without bias) in the original: X = R Q^-1 with the residual
+    R = Y Z^T - W Z Z^T and Q = Z Z^T + lam I. Only the two Grams are kept.
+
+    Args:
+        weight: W, (E, H D), o_proj's weight.
+        damping: lam relative to the mean diagonal of Z Z^T.
+        device: where the sums live; default is the weight's device.
+    """
+
+    def __init__(self, weight: Tensor, damping: float = DAMPING, device: torch.device | str | None = None):
+        self.weight = weight.to(device=device or weight.device, dtype=torch.float64)
+        self.damping = damping
+        width = self.weight.shape[1]
+        self._inputs = self.weight.new_zeros(width, width)
+        self._cross = torch.zeros_like(self.weight)
+
+    def update(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> None:
+        """Add one batch: inputs Z^T (B, T, H D), targets Y^T (B, T, E), mask (B, T) nonzero at tokens that count."""
+        keep = torch.ones(inputs.shape[:-1], dtype=torch.bool) if mask is None else mask.bool()
+        dtype = torch.float64 if inputs.dtype in (torch.float32, torch.float64) else torch.float32
+        inputs, targets = (x[keep.to(x.device)].to(self.weight.device, dtype) for x in (inputs, targets))
+        self._inputs += inputs.T @ inputs
+        self._cross += targets.T @ inputs
+
+    def reduce(self) -> None:
+        """Add up the sums of all ranks, in place."""
+        sum_over_ranks((self._inputs, self._cross))
+
+    def change(self) -> Tensor:
+        """X, (E, H D): the full-rank ridge solution, less the weight.
+
+        Raises:
+            ValueError: an input or target was not finite.
+        """
+        if not (torch.isfinite(self._inputs).all() and torch.isfinite(self._cross).all()):
+            raise ValueError("NaN or inf in the attention outputs of the grouped model.")
+        ridge = self.damping * self._inputs.diagonal().mean().clamp_min(1e-30)
+        gram = self._inputs + ridge * torch.eye(len(self._inputs)).to(self._inputs)
+        return torch.cholesky_solve(self._residual().T, torch.linalg.cholesky(gram)).T
+
+    def low_rank(self, rank: int, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The best change of the given rank as LoRA factors: lora_A (k, H D), lora_B (E, k), k = min(rank, E).
+
+        ``scaling`` is what the adapter multiplies their product with; it is divided out.
+
+        The objective at any X' is its minimum plus ||(X' - X) Q^(1/2)||_F^2, so the best X' of rank r is X projected
+        on the top r left singular vectors of X Q^(1/2): eigenvectors of X Q X^T = X R^T (reduced-rank regression).
+        It is at most the objective at 0: the reconstruction error on the calibration data never rises. The singular
+        vectors of X itself would spend the rank on directions that no activation takes.
+        """
+        change = self.change()
+        basis = _top_eigenvectors(change @ self._residual().T, rank)
+        lora_a, lora_b = basis.T @ change, basis
+        # Both factors equally large: neither trains faster than the other.
+        # Not for a change of nothing, where both would be zero and no gradient could leave it.
+        balance = (torch.maximum(lora_a.norm(), 1e-6 * self.weight.norm()) / lora_b.norm()).sqrt()
+        share = abs(scaling) ** 0.5
+        lora_a, lora_b = lora_a / (balance * share), lora_b * balance / share
+        return lora_a, lora_b if scaling > 0 else -lora_b
+
+    def head_mix(self, heads: int) -> Tensor:
+        """(H, D, D) matrices N_h in front of each head's columns W_h: W_h N_h is nearest to the solution's columns.
+
+        They take the part of the change that stays within what a head writes anyway, at any rank, and leave less to
+        the low-rank change.
+        """
+        columns = self.weight.unflatten(1, (heads, -1)).transpose(0, 1)
+        wanted = (self.weight + self.change()).unflatten(1, (heads, -1)).transpose(0, 1)
+        metric = columns.mT @ columns
+        strength = _MIX_DAMPING * metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
+        ridge = strength[:, None, None] * torch.eye(metric.shape[-1]).to(metric)
+        return torch.linalg.solve(metric + ridge, columns.mT @ wanted + ridge)
+
+    def behind(self, mix: Tensor) -> OutputRefit:
+        """The same regression once the matrices (H, D, D) stand in front of o_proj."""
+        block, other = torch.block_diag(*mix), copy.copy(self)
+        other._inputs, other._cross = block @ self._inputs @ block.mT, self._cross @ block.mT
+        return other
+
+    def objective(self, change: Tensor) -> Tensor:
+        """||Y - (W + X) Z||^2 - ||Y||^2 of a change X, from the sums alone; a scalar."""
+        solution = self.weight + change
+        return ((solution @ self._inputs) * solution).sum() - 2 * (solution * self._cross).sum()
+
+    def error_change(self, change: Tensor) -> Tensor:
+        """||Y - (W + X) Z||^2 - ||Y - W Z||^2 of a change X, from the sums alone; a scalar, negative is better."""
+        return ((change @ self._inputs) * change).sum() - 2 * (change * self._residual()).sum()
+
+    def _residual(self) -> Tensor:
+        return self._cross - self.weight @ self._inputs
+
+
+def _top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
+    """Orthonormal (E, k) that span the leading eigenvectors of positive semi-definite (E, E), k = min(rank, E).
+
+    By subspace iteration where that is far cheaper (E 4096, rank 32: seconds instead of half a minute). Whatever it
+    leaves of the optimum, projecting on orthonormal vectors cannot raise the refit's objective.
+    """
+    symmetric = (matrix + matrix.mT) / 2
+    size = 2 * rank + _SPARE
+    if size * 4 > len(symmetric):
+        return torch.linalg.eigh(symmetric)[1][:, -rank:]
+    generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device starts alike
+    basis = torch.randn(len(symmetric), size, generator=generator, dtype=torch.float64).to(symmetric)
+    for _ in range(_STEPS):
+        basis = torch.linalg.qr(symmetric @ basis)[0]
+    return basis @ torch.linalg.eigh(basis.T @ symmetric @ basis)[1][:, -rank:]

@@ -1,0 +1,277 @@
+"""Streaming second moments of one layer's queries, keys and values: all that search and merge need to know.
+
+Everything is a sum of outer products over tokens, so that memory does not grow with the number of tokens and the
+sums of several processes simply add up. ``LayerStatistics`` accumulates, ``LayerMoments`` is the frozen result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .families import HeadShape
+
+_ROOT_FLOOR = 1e-8
+"""Least eigenvalue of a metric, relative to its largest: the root has an inverse, whatever the weights."""
+_TINY = 1e-60
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """What calibration found out about one layer. F = R / 2 rotary frequencies, P = D - R pass-through dimensions.
+
+    The Grams are *weighted*: each head's keys and values are measured in a metric that says what an error costs, so
+    that an eigenvalue that is cut off is an error of the attention scores (keys) or of o_proj's output (values). The
+    roots of the metrics are kept beside them, to get back to the heads' own bases.
+
+    Attributes:
+        shape: the layer's shape.
+        tokens: tokens seen, padding excluded.
+        key_gram: (F, K, K) complex128, Hermitian. E[sqrt(w_k w_l) kappa_k conj(kappa_l)] of the complex keys
+            kappa_j = k[j] + i k[j + R/2], with the query energy w_k = sum over the query heads of k of E|q_j|^2.
+        key_root: (F, K) sqrt(w_k).
+        key_pass: (K P, K P) blocks S_k Cov(k, l) S_l of the pass-through keys. Centred: a constant key adds the same
+            to every score of a query, which the softmax does not see.
+        pass_root: (K, P, P) symmetric S_k with S_k S_k = sum over the query heads of k of E[q q^T].
+        value_cov: (K D, K D) blocks S_k E[v_k v_l^T] S_l of the values. Not of the attention outputs: heads of equal
+            values would look different by their patterns. Not centred: nothing downstream absorbs a constant.
+        value_root: (K, D, D) symmetric S_k with S_k S_k = sum over the query heads h of k of W_o,h^T W_o,h.
+        key_cosine, value_cosine: (K, K) mean over tokens of the cosine between two heads' k_proj / v_proj outputs.
+    """
+
+    shape: HeadShape
+    tokens: int
+    key_gram: Tensor
+    key_root: Tensor
+    key_pass: Tensor
+    pass_root: Tensor
+    value_cov: Tensor
+    value_root: Tensor
+    key_cosine: Tensor
+    value_cosine: Tensor
+
+    @property
+    def key_energy(self) -> Tensor:
+        """Mean squared attention score, were the phases of queries and keys independent; a scalar."""
+        # Re(q conj(kappa)) of independent phases keeps half of |q|^2 |kappa|^2; a pass-through product keeps all.
+        rotary = torch.diagonal(self.key_gram, dim1=-2, dim2=-1).real.sum() / 2
+        return rotary + torch.diagonal(self.key_pass).sum()
+
+    @property
+    def value_energy(self) -> Tensor:
+        """Mean squared contribution of the heads to o_proj's output, summed over heads; a scalar."""
+        return torch.diagonal(self.value_cov).sum()
+
+    def to(self, device: torch.device | str) -> LayerMoments:
+        """The same moments on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return LayerMoments(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+class LayerStatistics:
+    """Accumulates one layer's sums over batches. Sums are float64; the products of a batch are float32 where the
+    activations are of 16 bits, which is more than their own precision, and float64 otherwise.
+
+    Args:
+        shape: the layer's shape.
+        device: where the sums live; batches may come from any device.
+    """
+
+    def __init__(self, shape: HeadShape, device: torch.device | str = "cpu"):
+        self.shape = shape
+        heads, frequencies, rest = shape.base_kv_heads, shape.rotary_dim // 2, shape.pass_dim
+
+        def zeros(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self._sums = {
+            "tokens": zeros(1),
+            "query_energy": zeros(frequencies, heads),
+            "query_pass": zeros(heads, rest, rest),
+            "key_gram": zeros(frequencies, heads, heads, dtype=torch.complex128),
+            "key_pass": zeros(heads * rest, heads * rest),
+            "key_pass_sum": zeros(heads * rest),
+            "value_outer": zeros(heads * shape.head_dim, heads * shape.head_dim),
+            "key_cosine": zeros(heads, heads),
+            "value_cosine": zeros(heads, heads),
+        }
+
+    def update(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
+        """Add one batch.
+
+        Args:
+            query: (B, T, H D), queries before RoPE.
+            key: (B, T, K D), keys before RoPE.
+            value: (B, T, K D).
+            mask: (B, T), nonzero at tokens that count; None counts all.
+        """
+        shape = self.shape
+        keep = torch.ones(query.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        dtype = torch.float64 if query.dtype in (torch.float32, torch.float64) else torch.float32
+        device = self._sums["tokens"].device
+
+        def heads(activation: Tensor, count: int) -> Tensor:  # -> (N, count, D), N tokens that count
+            return activation[keep.to(activation.device)].to(device, dtype).unflatten(-1, (count, shape.head_dim))
+
+        query = heads(query, shape.num_attention_heads)
+        key, value = heads(key, shape.base_kv_heads), heads(value, shape.base_kv_heads)
+        self._sums["tokens"] += len(key)
+        self._add_rotary(rotary_part(query, shape), rotary_part(key, shape))
+        self._add_pass(query[..., shape.rotary_dim :], key[..., shape.rotary_dim :])
+        self._sums["value_outer"] += _outer(value.flatten(1))
+        self._sums["key_cosine"] += _cosine_sum(key)
+        self._sums["value_cosine"] += _cosine_sum(value)
+
+    def _add_rotary(self, query: Tensor, key: Tensor) -> None:  # (N, H, F), (N, K, F) complex
+        energy = query.abs().square().sum(0).unflatten(0, (self.shape.base_kv_heads, -1)).sum(1)
+        self._sums["query_energy"] += energy.T
+        key = key.permute(2, 1, 0)
+        self._sums["key_gram"] += key @ key.mH
+
+    def _add_pass(self, query: Tensor, key: Tensor) -> None:  # (N, H, P), (N, K, P)
+        kv_heads, queries = self.shape.base_kv_heads, self.shape.queries_per_kv
+        query = query.unflatten(1, (kv_heads, queries)).transpose(0, 1).flatten(1, 2)  # (K, N r, P)
+        self._sums["query_pass"] += query.mT @ query
+        self._sums["key_pass"] += _outer(key.flatten(1))
+        self._sums["key_pass_sum"] += key.flatten(1).sum(0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen so far, on this rank until ``reduce``."""
+        return int(self._sums["tokens"].item())
+
+    def reduce(self) -> None:
+        """Add up the sums of all ranks, in place; afterwards every rank holds the same bits."""
+        sum_over_ranks(self._sums.values())
+
+    def moments(self, output_weight: Tensor) -> LayerMoments:
+        """Divide, weight and freeze.
+
+        Args:
+            output_weight: (E, H D), o_proj's weight; gives the metric of the values.
+
+        Raises:
+            ValueError: no token was seen, or an activation or weight is not finite.
+        """
+        if self.tokens == 0:
+            raise ValueError("no token was seen: every position is masked; check attention_mask.")
+        not_finite = [name for name, total in self._sums.items() if not torch.isfinite(total).all()]
+        if not_finite:
+            raise ValueError(f"NaN or inf in the activations (seen in {', '.join(not_finite)}): check the model.")
+        shape, count = self.shape, self._sums["tokens"]
+        sums = {name: total / count for name, total in self._sums.items()}
+        key_root = _floor(sums["query_energy"]).sqrt()
+        mean = sums["key_pass_sum"]
+        pass_root = metric_root(sums["query_pass"])
+        value_root = metric_root(output_metric(output_weight.to(count), shape))
+        return LayerMoments(
+            shape=shape,
+            tokens=self.tokens,
+            key_gram=_hermitian(sums["key_gram"]) * key_root[:, :, None] * key_root[:, None, :],
+            key_root=key_root,
+            key_pass=_weighted(sums["key_pass"] - mean[:, None] * mean, pass_root),
+            pass_root=pass_root,
+            value_cov=_weighted(sums["value_outer"], value_root),
+            value_root=value_root,
+            key_cosine=sums["key_cosine"],
+            value_cosine=sums["value_cosine"],
+        )
+
+
+def rotary_part(heads: Tensor, shape: HeadShape) -> Tensor:
+    """Rotary dimensions as complex numbers, pairs (j, j + R/2): (..., D) real -> (..., R/2) complex."""
+    first, second = heads[..., : shape.rotary_dim].chunk(2, dim=-1)
+    return torch.complex(first.contiguous(), second.contiguous())
+
+
+def output_metric(output_weight: Tensor, shape: HeadShape) -> Tensor:
+    """What an error of a KV head's value costs at o_proj's output: (E, H D) -> (K, D, D), sum of W_o,h^T W_o,h."""
+    per_head = output_weight.unflatten(1, (shape.base_kv_heads, shape.queries_per_kv, shape.head_dim))
+    return torch.einsum("ekrd,ekrc->kdc", per_head, per_head)
+
+
+def metric_root(metric: Tensor) -> Tensor:
+    """Symmetric root of positive semi-definite (..., N, N), with eigenvalues floored so that it can be inverted."""
+    if metric.shape[-1] == 0:
+        return metric
+    values, vectors = torch.linalg.eigh(_hermitian(metric))
+    # Relative to the heaviest head too: a head that nothing reads must not get a root that underflows.
+    floor = _ROOT_FLOOR * torch.maximum(values[..., -1:], values.max() * _ROOT_FLOOR)
+    values = torch.maximum(values, floor.clamp_min(_TINY))
+    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mH
+
+
+def sum_over_ranks(tensors: Iterator[Tensor] | Sequence[Tensor]) -> None:
+    """Sum each tensor over torch.distributed's default group (accelerate's), in place; alone, do nothing."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for tensor in tensors:
+        shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor.cpu()
+        real = torch.view_as_real(shared) if shared.is_complex() else shared
+        if real.numel():
+            dist.all_reduce(real)
+            dist.broadcast(real, src=0)  # same bits everywhere, so that every rank decides the same
+        tensor.copy_(shared)
+
+
+@contextmanager
+def recording(
+    outputs: Mapping[str, nn.Module], inputs: Mapping[str, nn.Module] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Hooks that keep each module's latest output (or first input) under its name; always removed at the end.
+
+    Args:
+        outputs: name -> module whose output to keep.
+        inputs: name -> module whose first positional input to keep.
+
+    Raises:
+        ValueError: on a clean exit, if a module never ran: what was meant to be measured was not.
+    """
+    record: dict[str, Tensor] = {}
+    inputs = inputs or {}
+    handles = []
+    try:
+        for name, module in outputs.items():
+            handles.append(module.register_forward_hook(lambda _m, _args, out, at=name: record.update({at: out})))
+        for name, module in inputs.items():
+            handles.append(module.register_forward_pre_hook(lambda _m, args, at=name: record.update({at: args[0]})))
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [name for name in (*outputs, *inputs) if name not in record]
+    if silent:
+        raise ValueError(
+            f"{', '.join(silent)} never ran while calibrating: the model's forward does not call it. "
+            "Check that the batches reach this layer and that the adapter wraps the modules the model uses."
+        )
+
+
+def _outer(flat: Tensor) -> Tensor:  # (N, M) -> (M, M)
+    return flat.T @ flat
+
+
+def _cosine_sum(heads: Tensor) -> Tensor:  # (N, K, D) -> (K, K)
+    unit = nn.functional.normalize(heads, dim=-1).transpose(0, 1).flatten(1)
+    return unit @ unit.T
+
+
+def _floor(energy: Tensor) -> Tensor:
+    return energy.clamp_min(max(_ROOT_FLOOR * energy.max().item(), _TINY)) if energy.numel() else energy
+
+
+def _hermitian(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mH) / 2
+
+
+def _weighted(outer: Tensor, root: Tensor) -> Tensor:  # (K N, K N), (K, N, N) -> blocks root_k outer_kl root_l
+    heads, size = root.shape[:2]
+    blocks = outer.reshape(heads, size, heads, size)
+    half = torch.einsum("kab,kblc->kalc", root, blocks)
+    full = torch.einsum("kalc,lcd->kald", half, root)
+    return _hermitian(full.reshape(heads * size, heads * size))

@@ -1,0 +1,386 @@
+"""initialize_asymgqa_weights: theorems, determinism, all-or-nothing, errors, and the report."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from models import CASES, config_of, left_padded, prompt, random_model
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from asymgqa_peft import AsymGQAConfig, InitializationReport, initialize_asymgqa_weights
+from asymgqa_peft import initialize as module
+from asymgqa_peft.groups import HeadGroups
+from asymgqa_peft.merge import AttentionWeights, merge_layer
+from asymgqa_peft.refit import OutputRefit
+from asymgqa_peft.sites import attention_sites, unwrap
+from asymgqa_peft.statistics import recording
+
+IDS = prompt(16, 24)
+HELD_OUT = prompt(4, 20, seed=9)
+
+
+def wrapped(name: str = "llama", dtype: torch.dtype = torch.float32, **choices):
+    choices = {"num_key_value_heads": 3, "r": 8, "task_type": "CAUSAL_LM"} | choices
+    torch.manual_seed(0)
+    return get_peft_model(random_model(config_of(CASES[name])).to(dtype), AsymGQAConfig(**choices)).eval()
+
+
+def initialised(name: str = "llama", batches=None, **choices):
+    model = wrapped(name, **choices)
+    return model, initialize_asymgqa_weights(model, batches or IDS.split(8), progress=False)
+
+
+@torch.no_grad()
+def error_to_base(model) -> float:
+    with model.disable_adapter():
+        wanted = model(input_ids=HELD_OUT).logits
+    return ((model(input_ids=HELD_OUT).logits - wanted).norm() / wanted.norm()).item()
+
+
+def state_of(model) -> dict:
+    return {
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "trainable": {name: p.requires_grad for name, p in model.named_parameters()},
+        "modes": {name: m.training for name, m in model.named_modules()},
+        "hooks": {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()},
+        "groups": copy.deepcopy({name: config.head_groups for name, config in model.peft_config.items()}),
+        "active": model.active_adapters,
+    }
+
+
+def assert_same_state(before: dict, after: dict) -> None:
+    for part in before.keys() - {"tensors"}:
+        assert before[part] == after[part], part
+    assert before["tensors"].keys() == after["tensors"].keys()
+    for name, tensor in before["tensors"].items():
+        assert torch.equal(tensor, after["tensors"][name]), name
+
+
+# --------------------------------------------------------------------------------------------------- theorems
+
+
+@pytest.mark.parametrize("merge", ["mean", "aligned", "principal"])
+@pytest.mark.parametrize("name", ["llama-bias", "qwen2-gqa", "qwen3", "gemma3", "stablelm", "olmo2", "phi3", "opt"])
+def test_as_many_groups_as_heads_reproduce_the_model(name, merge):
+    model, report = initialised(name, num_key_value_heads=CASES[name].kv_heads, merge=merge)
+    assert error_to_base(model) < 1e-5
+    assert report.costs == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "olmo2-gqa", "gemma2-gqa"])
+def test_each_part_of_the_default_helps(name):
+    """Better than the mean it starts from, than without refit, and (summed) than neighbours by the same cost.
+
+    On enough tokens: with few, the refit learns them by heart.
+    """
+    batches = prompt(64, 48, seed=4).split(16)
+    mean = wrapped(name, merge="mean", grouping="neighbour")
+    plain, _ = initialised(name, batches, refit_output=False)
+    full, report = initialised(name, batches)
+    assert error_to_base(full) < error_to_base(plain) < error_to_base(mean)
+    assert sum(report.costs) <= sum(report.neighbour_costs)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-gqa", "phi"])
+def test_refit_is_solved_on_the_converted_stream(name):
+    """The last layer's LoRA is what a refit on the finished model's own inputs gives.
+
+    It aims at the original stream behind the attention: the original output plus what earlier layers have lost.
+    """
+    model, _ = initialised(name, r=4)
+    site = attention_sites(model)[-1]
+    lora, layer = site.output, unwrap(model).get_submodule(site.name.rpartition(".")[0])
+    originals = []
+    with recording({"output": lora}, {"entering": layer}) as record, torch.no_grad(), model.disable_adapter():
+        for batch in IDS.split(8):
+            model(input_ids=batch)
+            originals.append(dict(record))
+    with recording({}, {"inputs": lora.get_base_layer(), "entering": layer}) as record, torch.no_grad():
+        refit, lost = OutputRefit(site.weights()["output"]), []
+        for batch, original in zip(IDS.split(8), originals, strict=True):
+            model(input_ids=batch)
+            bias = lora.get_base_layer().bias
+            target = original["output"] if bias is None else original["output"] - bias
+            lost.append(original["entering"] - record["entering"])
+            refit.update(record["inputs"], target + lost[-1])
+    assert torch.cat(lost).norm() > 1e-3  # earlier layers did lose something
+    expected = lora.scaling["default"] * torch.mm(*reversed(refit.low_rank(4, lora.scaling["default"])))
+    change = lora.get_delta_weight("default").double()
+    assert (change - expected).norm() < 1e-3 * expected.norm()
+    assert refit.error_change(change) < 0
+
+
+def test_the_weights_are_those_of_the_merge():
+    model, report = initialised("llama", merge="mean", refit_output=False)
+    for site, partition in zip(attention_sites(model), report.head_groups, strict=True):
+        expected = merge_layer(None, AttentionWeights(**site.weights()), partition, site.shape, "mean")
+        torch.testing.assert_close(site.key.lora_kv["default"].weight.double(), expected.key_weight)
+        assert site.value.lora_value_mix["default"].weight.abs().max() == 0
+
+
+def test_padding_and_batching_do_not_matter():
+    """Left-padded rows give what the same rows give unpadded, however they are batched."""
+    padded = left_padded(3, batch=16, length=24)
+    ids = padded["input_ids"]
+    apart = [ids[:1, 3:], *ids[1:].split(5)]
+    one, report = initialised(batches=[padded])
+    other, same = initialised(batches=apart)
+    assert report.head_groups == same.head_groups and report.tokens == same.tokens == 16 * 24 - 3
+    torch.testing.assert_close(report.costs, same.costs, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        a, b = (model(input_ids=HELD_OUT).logits for model in (one, other))
+    assert (a - b).norm() < 1e-3 * b.norm()
+
+
+@pytest.mark.parametrize("grouping", ["neighbour", "random", "symmetric", "asymmetric"])
+@pytest.mark.parametrize("criterion", ["cosine", "residual"])
+def test_every_arm_of_the_baselines(grouping, criterion):
+    model, report = initialised(grouping=grouping, criterion=criterion, merge="aligned", num_key_value_heads=4)
+    sizes = {tuple(len(group) for group in layer) for layer in report.head_groups}
+    if grouping != "asymmetric":
+        assert sizes == {(2, 2, 2, 2)}
+    if grouping == "neighbour":
+        assert report.head_groups == HeadGroups.neighbour(2, 8, 4).to_lists()
+        assert report.costs == report.neighbour_costs
+    elif grouping == "random":
+        assert report.head_groups == HeadGroups.random(2, 8, 4, seed=0).to_lists()
+    else:
+        assert all(cost <= neighbour for cost, neighbour in zip(report.costs, report.neighbour_costs, strict=True))
+    assert model.peft_config["default"].head_groups == report.head_groups
+    assert model.base_model.head_groups("default").to_lists() == report.head_groups
+
+
+def test_given_groups_are_kept_under_neighbour():
+    groups = CASES["llama"].groups
+    _, report = initialised(grouping="neighbour", head_groups=groups)
+    assert report.head_groups == [[sorted(group) for group in layer] for layer in groups]
+
+
+def test_second_call_starts_anew():
+    model, report = initialised()
+    first = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    again = initialize_asymgqa_weights(model, iter(IDS.split(8)), progress=False)
+    assert again.head_groups == report.head_groups and again.costs == report.costs
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "lora_B" in name or "lora_kv" in name or "mix" in name or "gain" in name:
+            torch.testing.assert_close(parameter, first[name], msg=name)
+
+
+def test_base_is_untouched_and_only_the_named_adapter_changes():
+    model = wrapped()
+    model.add_adapter("other", AsymGQAConfig(num_key_value_heads=2, r=4, task_type="CAUSAL_LM"))
+    model.train()
+    before = state_of(model)
+    initialize_asymgqa_weights(model, IDS.split(8), adapter_name="other", progress=False)
+    after = state_of(model)
+    changed = {n for n, tensor in before["tensors"].items() if not torch.equal(tensor, after["tensors"][n])}
+    assert changed and all(".other." in name for name in changed)
+    for part in ("trainable", "modes", "hooks", "active"):
+        assert before[part] == after[part], part
+    assert before["groups"]["default"] == after["groups"]["default"]
+    model.set_adapter("other")
+    assert error_to_base(model.eval()) < 1
+
+
+def test_gradients_reach_every_part_after_initialising():
+    model, _ = initialised()
+    model.train()
+    model(input_ids=IDS[:2], labels=IDS[:2]).loss.backward()
+    silent = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not [name for name in silent if "lora_A" not in name or "o_proj" in name]  # B = 0 elsewhere: A has none yet
+
+
+def test_half_precision_base():
+    reference, full = initialised()
+    model, report = initialised(dtype=torch.bfloat16)
+    assert report.head_groups == full.head_groups
+    assert error_to_base(model.float()) < error_to_base(reference) + 0.05
+
+
+@pytest.mark.parametrize("choices", [{"use_rslora": True, "lora_alpha": 64}, {"use_dora": True}])
+def test_lora_variants_hold_the_same_refit(choices):
+    plain, _ = initialised()
+    variant, _ = initialised(**choices)
+    assert error_to_base(variant) == pytest.approx(error_to_base(plain), rel=0.02)
+
+
+def test_refit_needs_lora_on_the_output_projection():
+    model, report = initialised(target_modules=["q_proj", "up_proj"])
+    assert any("layers 0-1: no output refit, o_proj has no LoRA" in note for note in report.notes)
+    without, _ = initialised(refit_output=False)
+    assert error_to_base(model) == pytest.approx(error_to_base(without), rel=1e-4)
+
+
+# -------------------------------------------------------------------------------------------- all or nothing
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("stage", ["capture", "search_partition", "merge_layer", "low_rank"])
+def test_interrupted_anywhere_the_model_is_as_before(stage, error, monkeypatch):
+    """In the second layer, when the first is already written."""
+    model, _ = initialised(grouping="symmetric", num_key_value_heads=4)
+    model.peft_config["default"].grouping = "asymmetric"
+    model.train()
+    before, calls = state_of(model), []
+    owner = {"capture": module._Streams, "low_rank": OutputRefit}.get(stage, module)
+    original = getattr(owner, stage)
+
+    def interrupted(*args, **kwargs):
+        calls.append(stage)
+        if len(calls) == (1 if stage == "capture" else 2):
+            raise error("stop")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, stage, interrupted)
+    with pytest.raises(error, match="stop"):
+        initialize_asymgqa_weights(model, prompt(16, 24, seed=3).split(8), progress=False)
+    assert_same_state(before, state_of(model))
+    monkeypatch.undo()
+    initialize_asymgqa_weights(model, prompt(16, 24, seed=3).split(8), progress=False)
+    with pytest.raises(AssertionError):  # without the error everything would have changed
+        assert_same_state(before, state_of(model))
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+def refused(match: str, batches=None, model=None, **kwargs) -> None:
+    model = wrapped() if model is None else model
+    before = state_of(model) if hasattr(model, "peft_config") else None
+    with pytest.raises(ValueError, match=match):
+        initialize_asymgqa_weights(model, IDS.split(8) if batches is None else batches, progress=False, **kwargs)
+    if before:
+        assert_same_state(before, state_of(model))
+
+
+def test_bad_batches_are_refused():
+    refused("batches is empty", [])
+    refused("batches is a Tensor", IDS)
+    refused("batches is a dict", {"input_ids": IDS})
+    refused("batches is a int", 3)
+    refused(r"batches\[1\]: input_ids must be integers.*\(5,\)", [IDS[:8], torch.zeros(5, dtype=torch.long)])
+    refused(r"batches\[0\]: input_ids must be integers.*float32", [IDS.float()])
+    refused(r"batches\[0\]: input_ids must be integers.*NoneType", [{"labels": IDS}])
+    refused(r"batches\[0\]: input_ids must be integers.*str", ["a text"])
+    refused(r"batches\[0\]: attention_mask", [{"input_ids": IDS, "attention_mask": torch.ones(16, 23)}])
+
+
+def test_too_few_tokens_are_refused():
+    refused("batches hold 24 tokens, at least 32 are needed", [IDS[:1]])
+    mask = torch.zeros_like(IDS)
+    refused("batches hold 0 tokens", [{"input_ids": IDS, "attention_mask": mask}])
+    initialised(batches=[IDS[:2]])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_weights_and_activations_name_the_layer(bad):
+    model = wrapped()
+    with torch.no_grad():
+        attention_sites(model)[1].attention.v_proj.base_layer.weight[0, 0] = bad
+    state = initialised_state(model)
+    with pytest.raises(ValueError, match="layer 1: NaN or inf in the base's value projection"):
+        initialize_asymgqa_weights(model, IDS.split(8), progress=False)
+    assert initialised_state(model) == state
+    model = wrapped()
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight[0, 0] = bad
+    with pytest.raises(ValueError, match="layer 1: NaN or inf in the activations"):
+        initialize_asymgqa_weights(model, IDS.split(8), progress=False)
+
+
+def initialised_state(model) -> tuple:
+    return model.peft_config["default"].head_groups, {
+        name: p.sum().item() for name, p in model.named_parameters() if "default" in name
+    }
+
+
+def test_unfit_models_are_refused():
+    refused("model is a LlamaForCausalLM", model=random_model(config_of(CASES["llama"])))
+    refused("adapter_name='nobody' is unknown", adapter_name="nobody")
+    merged = wrapped()
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        initialize_asymgqa_weights(merged, IDS.split(8))
+    model = wrapped()
+    with model.disable_adapter(), pytest.raises(ValueError, match="is disabled"):
+        initialize_asymgqa_weights(model, IDS.split(8))
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+
+def test_report_survives_a_file(tmp_path):
+    _, report = initialised()
+    assert report.tokens == IDS.numel() and report.peak_memory > 0
+    assert {"statistics", "search", "merge", "refit"} <= report.seconds.keys()
+    path = tmp_path / "report.json"
+    path.write_text("old", encoding="utf-8")
+    report.save(path)
+    assert InitializationReport.load(path) == report
+    assert json.loads(path.read_text(encoding="utf-8"))["head_groups"] == report.head_groups
+    assert list(tmp_path.iterdir()) == [path]
+    for text in ("[1]", "{}", "no json", '{"head_groups": []}'):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="report.json.*InitializationReport"):
+            InitializationReport.load(path)
+
+
+def test_similarities_are_symmetric_and_bounded():
+    _, report = initialised()
+    for before, after in zip(report.similarity_before, report.similarity_after, strict=True):
+        for matrix in map(torch.tensor, (before, after)):
+            torch.testing.assert_close(matrix, matrix.T)
+            torch.testing.assert_close(matrix.diagonal(), torch.ones(8))
+        assert torch.tensor(after).min() > -1e-6
+
+
+# ----------------------------------------------------------------------------------------------------- ranks
+
+
+def _initialise_on_rank(rank: int, world: int, path: str, results) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{path}", rank=rank, world_size=world)
+    model = wrapped()
+    report = initialize_asymgqa_weights(model, IDS.split(4)[rank::world], progress=False)
+    tensors = {n: p.detach().numpy() for n, p in model.named_parameters() if p.requires_grad}
+    try:
+        initialize_asymgqa_weights(wrapped(), IDS.split(4) if rank else [], progress=False)
+        message = None
+    except ValueError as error:
+        message = str(error)
+    results[rank] = dataclasses.asdict(report), tensors, message
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_end_alike_and_as_one_process_does(world, tmp_path):
+    alone, report = initialised()
+    results = mp.get_context("spawn").Manager().dict()
+    mp.spawn(_initialise_on_rank, args=(world, str(tmp_path / "rendezvous"), results), nprocs=world)
+    for rank in range(world):
+        seen, tensors, message = results[rank]
+        assert seen["head_groups"] == report.head_groups and seen["tokens"] == report.tokens
+        assert f"empty on 1 of {world} ranks" in message  # on every rank: none is left waiting
+        for name, parameter in alone.named_parameters():
+            if parameter.requires_grad:
+                assert (tensors[name] == results[0][1][name]).all(), name
+                scale = parameter.abs().max().item() + 1e-6
+                assert abs(tensors[name] - parameter.detach().numpy()).max() < 1e-2 * scale, name
+
+
+def test_every_lora_but_the_refit_starts_at_zero():
+    model, _ = initialised()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    assert layers
+    for name, layer in layers.items():
+        assert layer.lora_B["default"].weight.any().item() == name.endswith("o_proj"), name

@@ -1,0 +1,140 @@
+"""Pictures: both files are written, what is drawn is what was given, and nothing global changes."""
+
+import builtins
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from asymgqa_peft import plotting
+
+matplotlib = pytest.importorskip("matplotlib")
+
+REPORT = SimpleNamespace(
+    head_groups=[[[0, 2, 3, 5], [1, 4]], [[0], [1, 2, 3, 4, 5]]], costs=[0.25, 0.125], neighbour_costs=[0.5, 0.375]
+)
+POINTS = [
+    {"arm": "base", "kv_bytes_per_token": 16384, "perplexity": 38.0},
+    {"arm": "neighbour", "kv_bytes_per_token": 4096, "perplexity": 2670.0},
+    {"arm": "neighbour", "kv_bytes_per_token": 8192, "perplexity": 313.0},
+]
+SIMILARITIES = torch.arange(36.0).reshape(6, 6) / 36
+
+
+def draw_groups(path):
+    return plotting.plot_groups(REPORT, path)
+
+
+def draw_similarities(path):
+    return plotting.plot_similarities(SIMILARITIES, SIMILARITIES, REPORT.head_groups[0], path)
+
+
+def draw_quality(path):
+    return plotting.plot_quality(POINTS, path)
+
+
+PLOTS = [draw_groups, draw_similarities, draw_quality]
+
+
+def settings():
+    """Matplotlib's, without the backend: to read it is to choose it."""
+    return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures made, in order."""
+    figures, new_figure = [], plotting._new_figure
+
+    def record(height):
+        figures.append(new_figure(height))
+        return figures[-1]
+
+    monkeypatch.setattr(plotting, "_new_figure", record)
+    return figures
+
+
+@pytest.mark.parametrize("draw", PLOTS)
+@pytest.mark.parametrize("name", ["picture", "picture.png", "picture.svg"])
+def test_png_and_svg_are_written(draw, name, tmp_path):
+    written = draw(tmp_path / "new" / name)
+    assert written == [tmp_path / "new" / "picture.png", tmp_path / "new" / "picture.svg"]
+    assert written[0].read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in written[1].read_text(encoding="utf-8")
+
+
+def test_other_suffixes_are_part_of_the_name(tmp_path):
+    assert [path.name for path in draw_quality(str(tmp_path / "qwen2.5"))] == ["qwen2.5.png", "qwen2.5.svg"]
+
+
+@pytest.mark.parametrize("draw", PLOTS)
+def test_same_input_same_bytes(draw, tmp_path):
+    first, second = draw(tmp_path / "a"), draw(tmp_path / "b")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+@pytest.mark.parametrize("draw", PLOTS)
+def test_nothing_global_changes(draw, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    before = settings()
+    draw(tmp_path / "picture")
+    assert "matplotlib.pyplot" not in sys.modules  # so no backend was chosen and no figure registered
+    assert settings() == before
+
+
+def test_groups_and_costs_are_drawn(drawn, tmp_path):
+    draw_groups(tmp_path / "picture")
+    sizes, costs = drawn[0].axes
+    assert [bar.get_width() for bar in sizes.patches] == [4, 2, 5, 1]
+    assert [text.get_text() for text in sizes.texts] == ["4", "2", "5", "1"]
+    offsets = {dots.get_label(): dots.get_offsets().tolist() for dots in costs.collections[1:]}
+    assert offsets == {"neighbour groups": [[0.5, 0], [0.375, 1]], "chosen groups": [[0.25, 0], [0.125, 1]]}
+
+
+def test_similarities_are_ordered_by_group(drawn, tmp_path):
+    draw_similarities(tmp_path / "picture")
+    panel = drawn[0].axes[0]
+    order = [0, 2, 3, 5, 1, 4]
+    assert torch.equal(torch.tensor(panel.images[0].get_array()), SIMILARITIES[order][:, order].double())
+    assert [label.get_text() for label in panel.get_yticklabels()] == list(map(str, order))
+    assert [(frame.get_x(), frame.get_width()) for frame in panel.patches] == [(-0.5, 4), (3.5, 2)]
+
+
+def test_arms_are_drawn_in_order_of_size(drawn, tmp_path):
+    draw_quality(tmp_path / "picture")
+    axes = drawn[0].axes[0]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["neighbour"] == [[4096, 2670], [8192, 313]]
+    assert lines["base"] == [[16384, 38]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["4", "8", "16"]
+    assert axes.get_yscale() == "log"
+
+
+def test_one_point_is_enough(tmp_path):
+    plotting.plot_quality(POINTS[:1], tmp_path / "picture")
+
+
+def test_bad_input_names_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match="points is empty"):
+        plotting.plot_quality([], tmp_path / "picture")
+    with pytest.raises(ValueError, match=r"points\[1\] lacks kv_bytes_per_token, perplexity"):
+        plotting.plot_quality([POINTS[0], {"arm": "x"}], tmp_path / "picture")
+    with pytest.raises(ValueError, match="each of the K heads once"):
+        plotting.plot_similarities(SIMILARITIES, SIMILARITIES, [[0, 1], [1, 2]], tmp_path / "picture")
+    with pytest.raises(ValueError, match="each of the K heads once"):
+        plotting.plot_similarities(SIMILARITIES[:5], SIMILARITIES, REPORT.head_groups[0], tmp_path / "picture")
+
+
+@pytest.mark.parametrize("draw", PLOTS)
+def test_missing_matplotlib_names_the_extra(draw, tmp_path, monkeypatch):
+    real_import = builtins.__import__
+
+    def without_matplotlib(name, *args, **kwargs):
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(ValueError, match=r"pip install asymgqa_peft\[plot\]"):
+        draw(tmp_path / "picture")

@@ -1,0 +1,258 @@
+"""Search: the best partition where that can be checked, never worse than neighbour everywhere."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asymgqa_peft.groups import split_evenly
+from asymgqa_peft.search import BATCH, CONFIRM, EXACT_BUDGET, search_partition
+
+
+class RandomCosts:
+    """An arbitrary set function: every group draws its own cost. Records what it was asked."""
+
+    def __init__(self, seed, levels=None, noise=0.0):
+        self.seed, self.levels, self.noise, self.asked = seed, levels, noise, []
+
+    def __call__(self, groups):
+        assert 0 < len(groups) <= BATCH
+        self.asked += groups
+        return torch.tensor([self.cost(group) for group in groups], dtype=torch.float64)
+
+    def cost(self, group):
+        generator = random.Random(f"{self.seed} {group}")
+        cost = generator.randrange(self.levels) if self.levels else generator.random()
+        return cost * (1 + self.noise * random.uniform(-1, 1))
+
+    def pairs(self, heads):
+        return torch.tensor([[self.cost((i, j)) for j in range(heads)] for i in range(heads)], dtype=torch.float64)
+
+
+class HiddenSubspaces:
+    """Heads of ``dim`` dims whose values are random mixtures of their planted group's ``dim`` hidden variables.
+
+    The cost of a group is the energy that its best shared ``dim``-dimensional subspace loses.
+    """
+
+    def __init__(self, sizes, dim, noise=0.0, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        draw = {"generator": generator, "dtype": torch.float64}
+        self.heads, self.dim = sum(sizes), dim
+        order = torch.randperm(self.heads, generator=generator).tolist()
+        starts = itertools.accumulate(sizes, initial=0)
+        self.planted = tuple(sorted(tuple(sorted(order[s : s + n])) for s, n in zip(starts, sizes, strict=False)))
+        loadings = torch.zeros(self.heads * dim, len(sizes) * dim, dtype=torch.float64)
+        for index, group in enumerate(self.planted):
+            for head in group:
+                mixture = torch.randn(dim, dim, **draw)
+                loadings[head * dim : (head + 1) * dim, index * dim : (index + 1) * dim] = mixture
+        spread = torch.rand(self.heads * dim, **draw)
+        self.covariance = loadings @ loadings.T + noise * spread.diag()
+        self.asked = []
+
+    def __call__(self, groups):
+        self.asked += groups
+        return torch.tensor([self.cost(group) for group in groups], dtype=torch.float64)
+
+    def cost(self, group):
+        rows = torch.cat([torch.arange(head * self.dim, (head + 1) * self.dim) for head in group])
+        spectrum = torch.linalg.eigvalsh(self.covariance[rows][:, rows])
+        return float(spectrum[: -self.dim].sum() / self.covariance.trace())
+
+    def pairs(self):
+        costs = torch.zeros(self.heads, self.heads, dtype=torch.float64)
+        for i, j in itertools.combinations(range(self.heads), 2):
+            costs[i, j] = self.cost((i, j))
+        return costs
+
+
+def brute_force(cost, heads, num_groups, least, greatest):
+    """Least summed cost by dynamic programming over bit masks: shares nothing with the search's enumeration."""
+    best = {(0, 0): 0.0}
+    for mask in range(1, 1 << heads):
+        members = [head for head in range(heads) if mask >> head & 1]
+        for size in range(least, min(greatest, len(members)) + 1):
+            for others in itertools.combinations(members[1:], size - 1):
+                group = (members[0], *others)
+                rest = mask - sum(1 << head for head in group)
+                for count in range(num_groups):
+                    if (rest, count) in best:
+                        total = best[rest, count] + cost(group)
+                        best[mask, count + 1] = min(total, best.get((mask, count + 1), math.inf))
+    return best[(1 << heads) - 1, num_groups]
+
+
+def assert_admissible(result, heads, num_groups, least, greatest):
+    partition = result.partition
+    assert len(partition) == num_groups
+    assert sorted(head for group in partition for head in group) == list(range(heads))
+    assert all(least <= len(group) <= greatest for group in partition)
+    assert all(list(group) == sorted(group) for group in partition)
+    assert list(partition) == sorted(partition)
+
+
+@st.composite
+def requests(draw, least_heads, most_heads):
+    """K, G, cap, symmetric."""
+    heads = draw(st.integers(least_heads, most_heads))
+    symmetric = draw(st.booleans())
+    counts = [count for count in range(1, heads + 1) if not symmetric or heads % count == 0]
+    num_groups = draw(st.sampled_from(counts))
+    cap = draw(st.integers(math.ceil(heads / num_groups), heads))
+    return heads, num_groups, cap, symmetric
+
+
+@settings(max_examples=60, deadline=None)
+@given(request=requests(1, 7), seed=st.integers(0, 2**16), with_pairs=st.booleans())
+def test_equals_brute_force_for_few_heads(request, seed, with_pairs):
+    heads, num_groups, cap, symmetric = request
+    costs = RandomCosts(seed)
+    pairs = costs.pairs(heads) if with_pairs else None
+    result = search_partition(costs, heads, num_groups, cap, symmetric, seed, pairs)
+    least, greatest = (heads // num_groups,) * 2 if symmetric else (1, cap)
+    assert_admissible(result, heads, num_groups, least, greatest)
+    assert result.cost == pytest.approx(sum(map(costs.cost, result.partition)))
+    assert result.cost == pytest.approx(brute_force(costs.cost, heads, num_groups, least, greatest), rel=1e-5)
+
+
+@pytest.mark.parametrize(("num_groups", "cap", "symmetric"), [(4, 3, False), (3, 8, False), (2, 4, True)])
+def test_equals_brute_force_for_eight_heads(num_groups, cap, symmetric):
+    costs = RandomCosts(0)
+    result = search_partition(costs, 8, num_groups, cap, symmetric, seed=0)
+    least, greatest = (8 // num_groups,) * 2 if symmetric else (1, cap)
+    assert result.cost == pytest.approx(brute_force(costs.cost, 8, num_groups, least, greatest), rel=1e-5)
+    assert result.cost < result.neighbour_cost
+
+
+@settings(max_examples=15, deadline=None)
+@given(request=requests(12, 16), seed=st.integers(0, 2**16), with_pairs=st.booleans())
+def test_never_worse_than_neighbour(request, seed, with_pairs):
+    heads, num_groups, cap, symmetric = request
+    costs = RandomCosts(seed)
+    pairs = costs.pairs(heads) if with_pairs else None
+    result = search_partition(costs, heads, num_groups, cap, symmetric, seed, pairs)
+    least, greatest = (heads // num_groups,) * 2 if symmetric else (1, cap)
+    assert_admissible(result, heads, num_groups, least, greatest)
+    neighbour = split_evenly(range(heads), num_groups)
+    assert result.neighbour_cost == pytest.approx(sum(map(costs.cost, neighbour)))
+    assert result.cost == pytest.approx(sum(map(costs.cost, result.partition)))
+    assert result.cost <= result.neighbour_cost
+
+
+@pytest.mark.parametrize("with_pairs", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "dim", "noise"),
+    [((1, 3, 5, 7), 4, 0.0), ((1, 3, 5, 7), 4, 0.1), ((1, 2, 3, 4, 4, 6, 6, 6), 3, 0.05)],
+)
+def test_planted_unequal_groups_are_found(sizes, dim, noise, with_pairs):
+    costs = HiddenSubspaces(sizes, dim, noise)
+    pairs = costs.pairs() if with_pairs else None
+    result = search_partition(costs, sum(sizes), len(sizes), max(sizes), False, 0, pairs)
+    assert result.partition == costs.planted
+    assert result.cost < 0.1 * result.neighbour_cost  # the effect is there to be found
+
+
+@pytest.mark.parametrize("with_pairs", [False, True])
+def test_planted_equal_groups_are_found(with_pairs):
+    costs = HiddenSubspaces((4,) * 4, 4, noise=0.1)
+    pairs = costs.pairs() if with_pairs else None
+    result = search_partition(costs, 16, 4, 6, True, 0, pairs)
+    assert result.partition == costs.planted
+    assert max(map(len, costs.asked)) == 4
+
+
+def test_cap_binds():
+    costs = HiddenSubspaces((1, 3, 5, 7), 4)
+    result = search_partition(costs, 16, 4, 5, False, 0, costs.pairs())
+    assert_admissible(result, 16, 4, 1, 5)
+    assert max(map(len, costs.asked)) == 5  # not even looked at beyond the cap
+
+
+def test_surrogate_comes_close_to_the_search_of_everything_with_few_evaluations():
+    costs = HiddenSubspaces((2, 3, 5, 6), 4, noise=4.0)  # the planted groups are no longer the best
+    everything = search_partition(costs, 16, 4, 6, False, 0)
+    frugal = search_partition(costs, 16, 4, 6, False, 0, costs.pairs())
+    gain = (frugal.neighbour_cost - frugal.cost) / (everything.neighbour_cost - everything.cost)
+    assert gain > 0.9
+    assert frugal.evaluations <= EXACT_BUDGET + 2 * CONFIRM < everything.evaluations / 10
+
+
+@pytest.mark.parametrize("with_pairs", [False, True])
+def test_no_group_is_evaluated_twice(with_pairs):
+    costs = RandomCosts(3)
+    result = search_partition(costs, 12, 4, 5, False, 0, costs.pairs(12) if with_pairs else None)
+    assert len(costs.asked) == len(set(costs.asked)) == result.evaluations
+
+
+@pytest.mark.parametrize("with_pairs", [False, True])
+@pytest.mark.parametrize("heads", [7, 12])
+def test_float_noise_does_not_change_the_result(heads, with_pairs):
+    """Few distinct costs make many ties; noise such as another device's must not decide them."""
+
+    def search(noise):
+        costs = RandomCosts(5, levels=4, noise=noise)
+        return search_partition(costs, heads, 3, 6, False, 0, costs.pairs(heads) if with_pairs else None)
+
+    clean = search(0.0)
+    assert search(0.0) == clean
+    assert {search(1e-10).partition for _ in range(5)} == {clean.partition}
+
+
+@pytest.mark.parametrize("heads", [6, 12])
+@pytest.mark.parametrize("with_pairs", [False, True])
+def test_neighbour_wins_ties(heads, with_pairs):
+    pairs = torch.ones(heads, heads) if with_pairs else None
+    result = search_partition(lambda groups: torch.ones(len(groups)), heads, 3, heads, False, 0, pairs)
+    assert result.partition == split_evenly(range(heads), 3)
+    assert result.cost == result.neighbour_cost == 3
+
+
+def test_pairs_tell_everything_about_a_mean():
+    """The squared error of replacing vectors by their mean is 2 / |S| * sum of the pairs' errors: no scale is needed,
+    and the surrogate finds what the search of everything finds."""
+    vectors = torch.randn(14, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def error(group):
+        members = vectors[list(group)]
+        return float((members - members.mean(0)).square().sum())
+
+    def costs(groups):
+        return torch.tensor([error(group) for group in groups], dtype=torch.float64)
+
+    pairs = torch.tensor([[error((i, j)) for j in range(14)] for i in range(14)])
+    frugal, everything = (search_partition(costs, 14, 4, 5, False, 0, known) for known in (pairs, None))
+    assert frugal.cost <= everything.cost * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("heads", "num_groups", "cap", "symmetric", "remedy"),
+    [
+        (8, 9, 8, False, "num_key_value_heads to 1..8"),
+        (8, 0, 8, False, "num_key_value_heads to 1..8"),
+        (8, 3, 8, True, "a divisor of 8"),
+        (8, 3, 2, False, "max_group_size to 3 or more"),
+        (8, 4, 1, True, "max_group_size to 2 or more"),
+    ],
+)
+def test_impossible_bounds_name_the_remedy(heads, num_groups, cap, symmetric, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        search_partition(RandomCosts(0), heads, num_groups, cap, symmetric, seed=0)
+
+
+def test_bad_costs_are_refused():
+    def not_a_number(groups):
+        return torch.full((len(groups),), math.nan)
+
+    with pytest.raises(ValueError, match="NaN or inf"):
+        search_partition(not_a_number, 4, 2, 3, False, seed=0)
+    with pytest.raises(ValueError, match="return one each"):
+        search_partition(lambda groups: torch.zeros(3, 3), 4, 2, 3, False, seed=0)
+    with pytest.raises(ValueError, match="row and a column per base KV head"):
+        search_partition(RandomCosts(0), 12, 3, 6, False, 0, torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="pair_costs holds NaN"):
+        search_partition(RandomCosts(0), 12, 3, 6, False, 0, torch.full((12, 12), math.inf))
