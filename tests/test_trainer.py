@@ -1,0 +1,696 @@
+"""AsymGQATrainer against SFTTrainer and against an independent float64 reference, on tiny random models."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional as F
+from transformers import (
+    BitsAndBytesConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from trl import SFTConfig, SFTTrainer
+
+from asymgqa_peft import AsymGQAConfig, AsymGQATrainer
+from asymgqa_peft import trainer as trainer_module
+from asymgqa_peft.trainer import Head, base_model_mode, distillation_loss
+
+# TRL 1.16 and PEFT 0.21 still use the names that transformers 5.23 renames to activation_checkpointing.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+VOCABULARY = 64
+SHARED = re.compile(r"lora_(kv|query_gain|query_mix|value_mix|norm)\.")
+TINY = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = ["<pad>", "<eos>", "<unk>"] + [f"w{i}" for i in range(VOCABULARY - 3)]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
+
+
+def gemma2():
+    torch.manual_seed(0)
+    # A tight cap and large weights, so that a head without the cap would give other logits.
+    config = Gemma2Config(**{**TINY, "initializer_range": 0.5}, sliding_window=16, final_logit_softcapping=2.0)
+    return Gemma2ForCausalLM(config)
+
+
+def adapted(base=None, perturb=True, **changes):
+    """An AsymGQA model whose adapter already differs from its base everywhere."""
+    config = AsymGQAConfig(num_key_value_heads=2, merge="mean", grouping="neighbour", r=4, lora_alpha=8, **changes)
+    model = get_peft_model(llama() if base is None else base, config)
+    if perturb:
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "modules_to_save" not in name:
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return model
+
+
+def documents(count=8, seed=0, shortest=5, longest=20):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest, (count,), generator=generator).tolist()
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def token_dataset(docs):
+    return Dataset.from_dict({"input_ids": docs})
+
+
+def build(model, dataset, tokenizer, path, trainer_class=AsymGQATrainer, trainer_options=None, **options):
+    defaults = dict(
+        output_dir=str(path),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        per_device_train_batch_size=4,
+        max_steps=3,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        max_length=32,
+        seed=3,
+    )
+    return trainer_class(
+        model=model,
+        args=SFTConfig(**{**defaults, **options}),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        **(trainer_options or {}),
+    )
+
+
+def train(trainer):
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def first_loss(trainer, **arguments):
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    return trainer.compute_loss(trainer.model, batch, **arguments)
+
+
+def reference(model, docs, weight=1.0, temperature=1.0, labels=None):
+    """Mean loss in float64 from full logits, one unpadded document at a time."""
+    model = copy.deepcopy(model).double().eval()
+    total, count = 0.0, 0
+    for doc, targets in zip(docs, labels or docs, strict=True):
+        ids = torch.tensor([doc])
+        with torch.no_grad():
+            student = model(input_ids=ids).logits[0, :-1]
+            with model.disable_adapter():
+                teacher = model(input_ids=ids).logits[0, :-1]
+        for position, target in enumerate(targets[1:]):
+            if target == -100:
+                continue
+            p = torch.softmax(teacher[position] / temperature, 0)
+            q = torch.softmax(student[position] / temperature, 0)
+            divergence = (p * (p.log() - q.log())).sum()
+            cross_entropy = -torch.log_softmax(student[position], 0)[target]
+            total += (1 - weight) * cross_entropy + weight * temperature**2 * divergence
+            count += 1
+    return float(total / count)
+
+
+# ---- Weight 0: SFTTrainer ----
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_weight_zero_is_sft_to_the_last_bit(tokenizer, tmp_path, accumulation):
+    options = dict(max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation)
+    ours = {"distillation_weight": 0.0, "kv_learning_rate_scale": 1.0}
+    logs, weights = [], []
+    for trainer_class, extra in ((SFTTrainer, {}), (AsymGQATrainer, ours)):
+        model = adapted()
+        dataset = token_dataset(documents(16))
+        logs.append(train(build(model, dataset, tokenizer, tmp_path, trainer_class, extra, **options)))
+        weights.append(model.state_dict())
+    assert [entry["loss"] for entry in logs[0]] == [entry["loss"] for entry in logs[1]]
+    assert logs[0][0].keys() == logs[1][0].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert logs[0][0]["loss"] != logs[0][-1]["loss"]
+
+
+# ---- The loss against the reference ----
+
+
+@pytest.mark.parametrize("weight, temperature", [(1.0, 1.0), (1.0, 2.5), (0.3, 1.0), (0.6, 0.7)])
+def test_padded_batch_matches_float64_reference(tokenizer, tmp_path, weight, temperature):
+    docs, model = documents(4), adapted()
+    expected = reference(model, docs, weight, temperature)
+    extra = {"distillation_weight": weight, "temperature": temperature}
+    trainer = build(model, token_dataset(docs), tokenizer, tmp_path, trainer_options=extra)
+    assert expected > 0.01
+    assert len({len(doc) for doc in docs}) > 1  # padding is real
+    assert first_loss(trainer).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_temperature_changes_the_loss():
+    docs, model = documents(4), adapted()
+    assert reference(model, docs, 1.0, 1.0) != pytest.approx(reference(model, docs, 1.0, 2.5), rel=0.02)
+
+
+def test_completion_only_matches_reference(tokenizer, tmp_path):
+    pairs = [(doc[:3], doc[3:]) for doc in documents(4, shortest=6)]
+    rows = [{"prompt": tokenizer.decode(p), "completion": " " + tokenizer.decode(c)} for p, c in pairs]
+    docs = [prompt + completion + [tokenizer.eos_token_id] for prompt, completion in pairs]
+    labels = [[-100] * len(prompt) + completion + [tokenizer.eos_token_id] for prompt, completion in pairs]
+    model = adapted()
+    expected, everywhere = reference(model, docs, labels=labels), reference(model, docs)
+    trainer = build(model, Dataset.from_list(rows), tokenizer, tmp_path)
+    assert first_loss(trainer).item() == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(everywhere, rel=1e-3)
+
+
+def test_packing_matches_reference(tokenizer, tmp_path):
+    docs, model = documents(6, longest=12), adapted()
+    expected = reference(model, docs)
+    trainer = build(
+        model, token_dataset(docs), tokenizer, tmp_path, packing=True, max_length=48, per_device_train_batch_size=8
+    )
+    assert len(trainer.train_dataset) < len(docs)
+    assert first_loss(trainer).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_softcapped_logits_match_reference(tokenizer, tmp_path):
+    docs, model = documents(4), adapted(gemma2())
+    expected = reference(model, docs, 0.5)
+    trainer = build(model, token_dataset(docs), tokenizer, tmp_path, trainer_options={"distillation_weight": 0.5})
+    assert first_loss(trainer).item() == pytest.approx(expected, rel=1e-5)
+    assert trainer._head_is_plain
+    uncapped = copy.deepcopy(model)
+    uncapped.config.final_logit_softcapping = None
+    assert reference(uncapped, docs, 0.5) != pytest.approx(expected, rel=1e-2)
+
+
+def test_teacher_uses_the_base_head(tokenizer, tmp_path):
+    docs, model = documents(4), adapted(modules_to_save=["lm_head"])
+    model.get_output_embeddings().modules_to_save["default"].weight.data *= 1.3
+    expected = reference(model, docs)
+    trainer = build(model, token_dataset(docs), tokenizer, tmp_path)
+    loss = first_loss(trainer)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    head = model.get_output_embeddings()
+    assert head.modules_to_save["default"].weight.grad.abs().sum() > 0
+    assert head.original_module.weight.grad is None
+
+
+class ScaledLlama(LlamaForCausalLM):
+    """Logits that no field of the config explains."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 0.5
+        return outputs
+
+
+class WrappedHead(torch.nn.Module):
+    """A head that is not a linear layer."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, hidden):
+        return self.linear(hidden)
+
+
+def model_with_wrapped_head():
+    model = adapted()
+    model.base_model.model.lm_head = WrappedHead(model.base_model.model.lm_head)
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: adapted(ScaledLlama(LlamaConfig(**TINY))), model_with_wrapped_head])
+def test_head_that_does_not_explain_the_logits_falls_back(tokenizer, tmp_path, make):
+    docs, model = documents(4), make()
+    expected = reference(model, docs, 0.5, 2.0)
+    extra = {"distillation_weight": 0.5, "temperature": 2.0}
+    trainer = build(model, token_dataset(docs), tokenizer, tmp_path, trainer_options=extra)
+    with pytest.warns(UserWarning, match="computed whole"):
+        loss = first_loss(trainer)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert first_loss(trainer).item() == loss.item()
+
+
+def test_identity_adapter_has_zero_loss_and_gradient(tokenizer, tmp_path):
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trainer = build(model, token_dataset(documents(4)), tokenizer, tmp_path)
+    loss = first_loss(trainer)
+    assert loss.item() == 0.0
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(gradient.abs().max() == 0 for gradient in gradients)
+
+
+# ---- The chunked function ----
+
+
+def chunk_case(bias):
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "student": normal(50, 16),
+        "teacher": normal(50, 16),
+        "labels": torch.randint(0, 37, (50,), generator=generator),
+        "student_weight": normal(37, 16),
+        "teacher_weight": normal(37, 16),
+        "bias": normal(37) if bias else None,
+        "teacher_bias": normal(37) if bias else None,
+    }
+
+
+def chunked(case, softcap, rows):
+    leaves = [None if x is None else x.clone().requires_grad_() for x in (case["student"], case["student_weight"])]
+    bias = None if case["bias"] is None else case["bias"].clone().requires_grad_()
+    loss, sums = distillation_loss(
+        leaves[0],
+        case["teacher"],
+        case["labels"],
+        student_head=Head(leaves[1], bias, softcap),
+        teacher_head=Head(case["teacher_weight"], case["teacher_bias"], softcap),
+        weight=0.7,
+        temperature=1.7,
+        chunk_bytes=4 * 37 * rows,
+    )
+    (3 * loss).backward()
+    return loss, sums, [x.grad for x in (*leaves, bias) if x is not None]
+
+
+def full(case, softcap):
+    leaves = [case[name].double().requires_grad_() for name in ("student", "student_weight")]
+    bias = 0 if case["bias"] is None else case["bias"].double().requires_grad_()
+    teacher_bias = 0 if case["teacher_bias"] is None else case["teacher_bias"].double()
+    s = leaves[0] @ leaves[1].T + bias
+    t = case["teacher"].double() @ case["teacher_weight"].double().T + teacher_bias
+    if softcap is not None:
+        s, t = softcap * torch.tanh(s / softcap), softcap * torch.tanh(t / softcap)
+    ce = F.cross_entropy(s, case["labels"], reduction="sum")
+    kl = F.kl_div((s / 1.7).log_softmax(-1), (t / 1.7).log_softmax(-1), log_target=True, reduction="sum")
+    loss = 0.3 * ce + 0.7 * 1.7**2 * kl
+    (3 * loss).backward()
+    q = s.softmax(-1)
+    sums = [1.7**2 * kl, ce, -(q * q.log()).sum(), (s.argmax(-1) == case["labels"]).sum()]
+    return loss, sums, [x.grad for x in (*leaves, bias) if torch.is_tensor(x)]
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 50, 1000])
+def test_chunks_equal_the_full_computation(rows, bias, softcap):
+    case = chunk_case(bias)
+    loss, sums, gradients = chunked(case, softcap, rows)
+    expected_loss, expected_sums, expected_gradients = full(case, softcap)
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums.statistics.double(), torch.stack(expected_sums).double(), rtol=1e-5, atol=1e-5)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_error_is_no_worse_than_torch():
+    case = {name: x if name == "labels" or x is None else x.bfloat16() for name, x in chunk_case(False).items()}
+    expected = full(case, None)[0].item()
+    logits = [(case[f].float() @ case[f"{f}_weight"].float().T).bfloat16() for f in ("student", "teacher")]
+    s, t = (x.float() for x in logits)
+    ce = F.cross_entropy(s, case["labels"], reduction="sum")
+    kl = F.kl_div((s / 1.7).log_softmax(-1), (t / 1.7).log_softmax(-1), log_target=True, reduction="sum")
+    plain = (0.3 * ce + 0.7 * 1.7**2 * kl).item()
+    assert abs(chunked(case, None, 8)[0].item() - expected) <= abs(plain - expected) + 1e-6 * abs(expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_padded_chunks_change_nothing(monkeypatch, softcap):
+    case = chunk_case(True)
+    expected = chunked(case, softcap, 7)
+    # What CUDA does, without compiling.
+    monkeypatch.setattr(trainer_module, "_terms_for", lambda device: (trainer_module._chunk_terms, True))
+    padded = chunked(case, softcap, 7)
+    torch.testing.assert_close(padded[0], expected[0])
+    torch.testing.assert_close(padded[1].statistics, expected[1].statistics)
+    torch.testing.assert_close(padded[2], expected[2])
+
+
+def test_no_position_counts_gives_zero():
+    case = chunk_case(False)
+    case.update(student=case["student"][:0], teacher=case["teacher"][:0], labels=case["labels"][:0])
+    loss, sums, gradients = chunked(case, None, 8)
+    assert loss.item() == 0 and sums.tokens == 0
+    assert gradients[1].abs().sum() == 0
+
+
+def test_chunk_size_does_not_change_training(tokenizer, tmp_path):
+    losses = []
+    for rows in (3, 10_000):
+        trainer = build(adapted(), token_dataset(documents(16)), tokenizer, tmp_path)
+        trainer.chunk_bytes = 4 * VOCABULARY * rows
+        losses.append([entry["loss"] for entry in train(trainer)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# ---- Trajectories ----
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_accumulation_equals_one_large_batch(tokenizer, tmp_path, weight):
+    runs, weights = [], []
+    for batch, steps in ((4, 1), (1, 4)):
+        model = adapted()
+        trainer = build(
+            model,
+            token_dataset(documents(16, shortest=3, longest=24)),
+            tokenizer,
+            tmp_path,
+            trainer_options={"distillation_weight": weight},
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            max_steps=4,
+            optim="sgd",
+            learning_rate=0.05,
+            max_grad_norm=0.0,
+        )
+        runs.append(train(trainer))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+    for key in ("loss", "distillation_loss", "sft_loss", "entropy", "mean_token_accuracy", "num_tokens"):
+        assert [x[key] for x in runs[0]] == pytest.approx([x[key] for x in runs[1]], rel=1e-4)
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+    for entry in runs[0] + runs[1]:  # each log covers its own step, and the parts make the whole
+        parts = (1 - weight) * entry["sft_loss"] + weight * entry["distillation_loss"]
+        assert entry["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_gives_the_same_losses(tokenizer, tmp_path, reentrant):
+    losses = []
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    for options in ({}, checkpointing):
+        trainer = build(adapted(), token_dataset(documents(16)), tokenizer, tmp_path, **options)
+        losses.append([entry["loss"] for entry in train(trainer)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] != pytest.approx(losses[0][-1], rel=1e-2)
+
+
+def test_distillation_lowers_the_loss_and_leaves_the_base_untouched(tokenizer, tmp_path):
+    model = adapted()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    logs = train(build(model, token_dataset(documents(32)), tokenizer, tmp_path, max_steps=30, num_train_epochs=9))
+    assert logs[-1]["loss"] < 0.5 * logs[0]["loss"]
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+
+
+def test_resumed_run_ends_with_the_same_weights(tokenizer, tmp_path):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2, lr_scheduler_type="linear")
+    dataset = token_dataset(documents(16))
+    whole, resumed = adapted(), adapted()
+    train(build(whole, dataset, tokenizer, tmp_path, **options))
+    trainer = build(resumed, dataset, tokenizer, tmp_path, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert sorted(set(rates)) == rates[:1]  # linear decay has brought every group to 0
+    for (name, first), second in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(first, second), name
+
+
+# ---- Teacher ----
+
+
+def test_teacher_has_no_dropout_and_student_keeps_it(tokenizer, tmp_path):
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(llama(attention_dropout=0.5), config)
+    trainer = build(model, token_dataset(documents(4)), tokenizer, tmp_path)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+    def loss(weight):
+        trainer.distillation_weight = weight
+        torch.manual_seed(5)
+        return trainer.compute_loss(model, dict(batch)).item()
+
+    model.train()
+    assert loss(1.0) > 1e-3  # the identity adapter differs from its teacher by dropout alone
+    assert loss(1e-9) == pytest.approx(loss(0.0), rel=1e-5)  # a teacher with dropout would draw the student's masks
+    assert all(module.training for module in model.modules())
+    model.eval()
+    assert loss(1.0) == 0.0
+
+
+def test_base_model_mode_restores_everything():
+    model = adapted().train()
+    frozen = next(name for name, _ in model.named_parameters() if "lora_kv" in name)
+    model.get_parameter(frozen).requires_grad_(False)
+    model.base_model.model.model.layers[0].eval()
+    ids = torch.tensor([documents(1)[0]])
+    state = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    modes = [module.training for module in model.modules()]
+    student = model(input_ids=ids).logits
+    with base_model_mode(model):
+        assert not any(module.training for module in model.modules() if not isinstance(module, torch.nn.Linear))
+        assert not torch.is_grad_enabled()
+        assert [(name, p.requires_grad) for name, p in model.named_parameters()] == state
+        teacher = model(input_ids=ids).logits
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == state
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(teacher, llama()(input_ids=ids).logits)
+    assert torch.equal(student, model(input_ids=ids).logits) and not torch.equal(student, teacher)
+    with pytest.raises(RuntimeError, match="inside"), base_model_mode(model):
+        raise RuntimeError("inside")
+    assert torch.equal(student, model(input_ids=ids).logits)
+
+
+def test_hooks_are_gone_after_a_step(tokenizer, tmp_path):
+    model = adapted()
+    trainer = build(model, token_dataset(documents(4)), tokenizer, tmp_path)
+    first_loss(trainer)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+# ---- Optimizer and precision ----
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 0.0])
+def test_shared_parameters_have_their_own_learning_rate(tokenizer, tmp_path, scale):
+    model = adapted()
+    trainer = build(
+        model,
+        token_dataset(documents(4)),
+        tokenizer,
+        tmp_path,
+        trainer_options={"kv_learning_rate_scale": scale},
+        learning_rate=1e-2,
+        weight_decay=0.1,
+    )
+    groups = trainer.create_optimizer().param_groups
+    decayed = set(trainer.get_decay_parameter_names(model))
+    placed = {id(p): group for group in groups for p in group["params"]}
+    assert len(placed) == sum(len(group["params"]) for group in groups)
+    shared_seen = 0
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in placed) == parameter.requires_grad
+        if parameter.requires_grad:
+            shared = SHARED.search(name) is not None
+            shared_seen += shared
+            assert placed[id(parameter)]["lr"] == pytest.approx(1e-2 * (scale if shared else 1))
+            assert placed[id(parameter)]["weight_decay"] == (0.1 if name in decayed else 0.0)
+    assert shared_seen >= 2 * TINY["num_hidden_layers"]
+    assert groups[0]["lr"] == 1e-2
+
+
+def test_scheduler_keeps_the_ratio_and_logs_the_unscaled_rate(tokenizer, tmp_path):
+    options = dict(lr_scheduler_type="linear", max_steps=4)
+    trainer = build(adapted(), token_dataset(documents(16)), tokenizer, tmp_path, **options)
+    ratios, rates = [], []
+    optimizer = trainer.create_optimizer()
+    step = optimizer.step
+
+    def recorded(*args, **kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        ratios.append({group["lr"] / rates[-1] for group in optimizer.param_groups if group["params"]})
+        return step(*args, **kwargs)
+
+    optimizer.step = recorded
+    logs = train(trainer)
+    assert ratios == [{1.0, 0.5}] * 4
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx(rates)
+
+
+def test_optimizer_that_is_passed_in_is_left_alone(tokenizer, tmp_path):
+    model = adapted()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    extra = {"optimizers": (optimizer, None)}
+    trainer = build(model, token_dataset(documents(4)), tokenizer, tmp_path, trainer_options=extra)
+    assert len(trainer.create_optimizer().param_groups) == 1
+
+
+def test_shared_parameters_stay_float32_on_a_quantised_base(tokenizer, tmp_path):
+    model = adapted()
+    model.is_loaded_in_4bit = True  # what makes SFTTrainer cast; the base itself need not be quantised for that
+    exact = {name: p.detach().clone() for name, p in model.named_parameters() if SHARED.search(name)}
+    assert any(not torch.equal(x, x.bfloat16().float()) for x in exact.values())
+    trainer = build(model, token_dataset(documents(16)), tokenizer, tmp_path)
+    parameters = dict(model.named_parameters())
+    assert {parameters[name].dtype for name in parameters if "lora_A" in name} == {torch.bfloat16}  # TRL did cast
+    for name, values in exact.items():
+        assert parameters[name].dtype == torch.float32 and torch.equal(parameters[name], values)
+    assert all(p is parameters[name] for name, p in trainer.model.named_parameters())
+
+
+def test_four_bit_base_trains_float32_shared_parameters(tokenizer, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    llama(hidden_size=64, head_dim=16).save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization, device_map="cpu")
+    model = adapted(base)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if SHARED.search(name)}
+    logs = train(build(model, token_dataset(documents(16)), tokenizer, tmp_path, learning_rate=1e-4))
+    assert all(0 < entry["distillation_loss"] < 10 for entry in logs)
+    assert model.get_parameter(next(n for n, _ in model.named_parameters() if "lora_A" in n)).dtype == torch.bfloat16
+    for name, values in before.items():
+        parameter = model.get_parameter(name)
+        assert parameter.dtype == torch.float32
+        assert (parameter != values).float().mean() > 0.9, name
+
+
+def test_bfloat16_base_trains_float32_shared_parameters(tokenizer, tmp_path):
+    model = adapted(llama().bfloat16())
+    trainer = build(model, token_dataset(documents(16)), tokenizer, tmp_path, max_steps=4, learning_rate=1e-4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_kv" in name}
+    logs = train(trainer)
+    assert all(0 < entry["loss"] < 10 for entry in logs)
+    for name, values in before.items():
+        parameter = model.get_parameter(name)
+        assert parameter.dtype == torch.float32
+        assert (parameter != values).float().mean() > 0.9  # bf16 would swallow steps of this size
+
+
+def test_bf16_autocast_is_close_to_float32(tokenizer, tmp_path):
+    losses = []
+    for bf16 in (False, True):
+        trainer = build(adapted(), token_dataset(documents(16)), tokenizer, tmp_path, bf16=bf16)
+        losses.append([entry["loss"] for entry in train(trainer)])
+        assert trainer._head_is_plain
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    assert losses[0] != losses[1]
+
+
+# ---- Logs and evaluation ----
+
+
+def test_logs_are_means_over_tokens(tokenizer, tmp_path):
+    docs, model = documents(8, shortest=3, longest=30), adapted()
+    divergence, cross_entropy = (reference(model, docs, weight) for weight in (1.0, 0.0))
+    trainer = build(
+        model,
+        token_dataset(docs),
+        tokenizer,
+        tmp_path,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        logging_steps=4,
+        learning_rate=1e-12,
+    )
+    (entry,) = train(trainer)
+    assert entry["distillation_loss"] == pytest.approx(divergence, rel=1e-4)
+    assert entry["sft_loss"] == pytest.approx(cross_entropy, rel=1e-4)
+    assert entry["num_tokens"] == sum(map(len, docs))
+    assert 0 <= entry["mean_token_accuracy"] <= 1 and entry["entropy"] > 0
+
+
+@pytest.mark.parametrize("with_logits", [False, True])
+@pytest.mark.filterwarnings("ignore:.*return_outputs.*:FutureWarning", "ignore:.*compute_metrics.*:FutureWarning")
+def test_evaluation(tokenizer, tmp_path, with_logits):
+    docs, model = documents(6), adapted()
+    # Before the trainer: a deep copy of the model it patches would call the original.
+    expected, divergence, cross_entropy = (reference(model, docs, *arm) for arm in ((0.5, 2.0), (1.0, 2.0), (0.0,)))
+    extra = {"distillation_weight": 0.5, "temperature": 2.0, "eval_dataset": token_dataset(docs)}
+    if with_logits:
+        extra["compute_metrics"] = lambda prediction: {"width": prediction.predictions.shape[-1]}
+    options = dict(per_device_eval_batch_size=6, eval_strategy="steps", eval_steps=1, max_steps=1, learning_rate=1e-12)
+    trainer = build(model, token_dataset(docs), tokenizer, tmp_path, trainer_options=extra, **options)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["eval_distillation_loss"] == pytest.approx(divergence, rel=1e-4)
+    assert metrics["eval_sft_loss"] == pytest.approx(cross_entropy, rel=1e-5)
+    assert metrics.get("eval_width", VOCABULARY) == VOCABULARY
+    in_training = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert in_training[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# ---- Arguments ----
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("distillation_weight", 1.5),
+        ("distillation_weight", "1"),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("kv_learning_rate_scale", -1),
+    ],
+)
+def test_bad_arguments_name_themselves(name, value):
+    with pytest.raises(ValueError, match=rf"{name}={value!r}"):
+        AsymGQATrainer(model=None, **{name: value})
+
+
+def test_model_without_adapter_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="PeftModel"):
+        build(llama(), token_dataset(documents(4)), tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("option", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor.*:FutureWarning")
+def test_undefined_options_are_refused(tokenizer, tmp_path, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        build(adapted(), token_dataset(documents(4)), tokenizer, tmp_path, **option)
+
+
+def test_peft_config_is_accepted(tokenizer, tmp_path):
+    config = AsymGQAConfig(num_key_value_heads=2, merge="mean", grouping="neighbour", r=4)
+    extra = {"peft_config": config}
+    logs = train(build(llama(), token_dataset(documents(16)), tokenizer, tmp_path, trainer_options=extra))
+    assert all(entry["loss"] > 0 for entry in logs)
