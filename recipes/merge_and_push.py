@@ -1,0 +1,179 @@
+"""Merge an adapter into its base: a plain checkpoint with tokenizer and model card, pushed to the Hub if asked.
+
+    python recipes/merge_and_push.py out/adapter --output out/plain
+    python recipes/merge_and_push.py me/adapter --output out/plain --push me/model-gqa
+    python recipes/merge_and_push.py out/adapter --output out/published --adapter-only --push me/model-gqa-adapter
+
+An adapter or base is a folder or a repository on the Hub. The base is loaded unquantised in --dtype, on the CPU. The
+output is written beside and renamed at the end; a repository is private unless --public, and changes in one commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from asymgqa_peft import AsymGQAConfig, InitializationReport
+from asymgqa_peft.card import Conversion, base_licence, model_card
+from asymgqa_peft.hub import check_push_target, name_base, published_base, push_folder, save_merged, write_card
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def main() -> None:
+    args = parse_args()
+    card = card_arguments(args)
+    with replacing(args.output, args.overwrite) as folder:
+        if args.push:
+            check_push_target(args.push, private=not args.public, exist_ok=args.exist_ok)
+        config = load_adapter_config(args.adapter)
+        write = write_adapter if args.adapter_only else write_merged
+        write(folder, config, args, name=args.push or args.output.name, **card)
+    print(f"Saved in {args.output}", flush=True)
+    if args.push:
+        print(f"Pushed to {push(args)}")
+
+
+def write_merged(folder: Path, config: AsymGQAConfig, args: argparse.Namespace, name: str, **card) -> None:
+    """Load base and adapter, merge, save."""
+    source = base_source(config, args)
+    base = AutoModelForCausalLM.from_pretrained(source, revision=base_revision(config, args), dtype=args.dtype)
+    model = PeftModel.from_pretrained(base, args.adapter)
+    conversion = Conversion.of(model, args.base_model)
+    plain = model.merge_and_unload(progressbar=True)
+    tokenizer = find_tokenizer(args.adapter, source)
+    save_merged(plain, tokenizer, folder, conversion, name=name, max_shard_size=args.max_shard_size, **card)
+
+
+def write_adapter(folder: Path, config: AsymGQAConfig, args: argparse.Namespace, name: str, **card) -> None:
+    """Copy the adapter and describe it; no model is loaded."""
+    source = base_source(config, args)
+    base = AutoConfig.from_pretrained(source, revision=base_revision(config, args))
+    conversion = Conversion.from_configs(config, base, base_model=args.base_model)
+    adapter = Path(args.adapter)
+    if not adapter.exists():
+        adapter = Path(snapshot_download(args.adapter, allow_patterns=list(ADAPTER_FILES)))
+    for file in ADAPTER_FILES:
+        shutil.copy(adapter / file, folder / file)
+    if args.push:
+        name_base(folder / "adapter_config.json", published_base(conversion))
+    if tokenizer := find_tokenizer(args.adapter, source):
+        tokenizer.save_pretrained(folder)
+    licence = base_licence(conversion.base_source, conversion.base_revision)
+    write_card(folder, model_card(conversion, name=name, licence=licence, **card))
+
+
+def push(args: argparse.Namespace) -> str:
+    """Upload the finished output; where that breaks off, say how to repeat it without merging again."""
+    options = {"private": not args.public, "exist_ok": args.exist_ok}
+    try:
+        return push_folder(args.output, args.push, **options)
+    except ConnectionError as error:
+        call = f"push_folder({str(args.output)!r}, {args.push!r}, **{options})"
+        again = f'python -c "from asymgqa_peft.hub import push_folder; {call}"'
+        raise SystemExit(f"{error}\nThe result lies in {args.output}. To push it again:\n    {again}") from error
+
+
+@contextmanager
+def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """An empty folder beside `folder`, which takes its place at the end, whole or not at all."""
+    if folder.exists():
+        if not overwrite:
+            raise SystemExit(f"--output {folder} exists: --overwrite replaces it.")
+        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise SystemExit(f"--output {folder} holds no model: it is not replaced, choose another folder.")
+    beside = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise SystemExit(f"--output {folder} cannot be written: {error}") from error
+    try:
+        yield beside
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    beside.rename(folder)
+
+
+def load_adapter_config(adapter: str) -> AsymGQAConfig:
+    """The adapter's configuration, before any weights are read."""
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, AsymGQAConfig):
+        raise SystemExit(f"{adapter} is a {config.peft_type.value} adapter, not of asymgqa_peft: merge it with PEFT.")
+    return config
+
+
+def base_source(config: AsymGQAConfig, args: argparse.Namespace) -> str:
+    """Folder or repository to load the base from."""
+    source = args.base or config.base_model_name_or_path
+    if not source:
+        raise SystemExit(f"{args.adapter} does not name its base: pass it with --base.")
+    return source
+
+
+def base_revision(config: AsymGQAConfig, args: argparse.Namespace) -> str | None:
+    """The revision that the adapter names, unless another base is given."""
+    return None if args.base else config.revision
+
+
+def find_tokenizer(*sources: str) -> PreTrainedTokenizerBase | None:
+    """The first tokenizer found: the adapter's, which training may have changed, or the base's."""
+    for source in sources:
+        try:
+            return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            reason = error
+    print(f"No tokenizer is saved, none was found: {reason}", flush=True)
+    return None
+
+
+def card_arguments(args: argparse.Namespace) -> dict:
+    """What the card is told beside the adapter's own facts."""
+    evaluation = json.loads(args.evaluation.read_text()) if args.evaluation else None
+    return {
+        "report": InitializationReport.load(args.report) if args.report else None,
+        "evaluation": evaluation["rows"] if isinstance(evaluation, dict) else evaluation,
+        "calibration_data": args.calibration_data,
+        "recovery_data": args.recovery_data,
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", help="folder or repository of an asymgqa_peft adapter")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that --output holds")
+    parser.add_argument("--adapter-only", action="store_true", help="do not merge: save and push the adapter")
+    parser.add_argument("--base", help="folder or repository of the base; default: what the adapter names")
+    parser.add_argument("--dtype", default="auto", help="dtype of the merged weights; default: the base's own")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weights file (default %(default)s)")
+    hub = parser.add_argument_group("Hub (log in with `hf auth login` or set HF_TOKEN)")
+    hub.add_argument("--push", metavar="OWNER/NAME", help="repository to push to")
+    hub.add_argument("--public", action="store_true", help="make a new repository public")
+    hub.add_argument("--exist-ok", action="store_true", help="replace what the repository holds")
+    card = parser.add_argument_group("model card (what is not given is stated as such)")
+    card.add_argument("--base-model", metavar="OWNER/NAME", help="the base on the Hub, if loaded from a folder")
+    card.add_argument("--report", type=Path, help="JSON of the initialisation report")
+    card.add_argument("--evaluation", type=Path, help='JSON: rows such as {"model": "base", "perplexity": 9.1}')
+    card.add_argument("--calibration-data", help="what the initialisation read, in words")
+    card.add_argument("--recovery-data", help="what the adapter was trained on, in words")
+    args = parser.parse_args()
+    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        parser.error(f"--dtype {args.dtype}: not a dtype of torch, e.g. bfloat16.")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Pushing and loading over real HTTP against a stand-in for the Hub; the card's claims without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import merge_and_push
+import pytest
+import torch
+from conftest import BASES, GROUPS, adapter_config, tiny_llama, wrap
+from hub_server import TOKEN, Hub, serving
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load, load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from asymgqa_peft import initialize_asymgqa_weights
+from asymgqa_peft.card import Conversion, base_licence, model_card
+from asymgqa_peft.hub import push_folder, save_adapter, save_merged
+
+HERE = Path(__file__).parent
+RECIPE = HERE.parent / "recipes" / "merge_and_push.py"
+
+
+@dataclass
+class Session:
+    """A stand-in Hub after hub_client.py has pushed to it."""
+
+    hub: Hub
+    folder: Path
+    errors: dict
+
+    def run(self, *command: object) -> None:
+        """Run Python on a script with the stand-in as its Hub."""
+        run_client(self.hub, self.folder, *command)
+
+    def logits(self, action: str) -> dict[str, torch.Tensor]:
+        folder = self.folder / action
+        folder.mkdir(exist_ok=True)
+        self.run(HERE / "hub_client.py", action, folder)
+        return load_file(folder / "logits.safetensors")
+
+    def file(self, repo_id: str, name: str) -> bytes:
+        return self.hub.repos[repo_id].files[name]
+
+    def card(self, repo_id: str) -> ModelCard:
+        return ModelCard(self.file(repo_id, "README.md").decode())
+
+
+def run_client(hub: Hub, folder: Path, *command: object) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder / "hf"),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(HERE.parent),
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    save_base(folder / "base")
+    with serving() as hub:
+        hub.add("them/base", folder / "base")
+        hub.add("me/old", folder / "base")
+        hub.repos["me/old"].private = True
+        hub.repos["me/old"].files["notes.txt"] = b"mine"
+        hub.failing_commits = 1
+        run_client(hub, folder, HERE / "hub_client.py", "push", folder)
+        yield Session(hub, folder, json.loads((folder / "errors.json").read_text()))
+
+
+def save_base(folder: Path) -> None:
+    """A tiny model with a card, a generation configuration and a tokenizer with a chat template."""
+    base = tiny_llama()
+    base.generation_config.max_new_tokens = 7
+    base.save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({f"w{index}": index for index in range(64)}, unk_token="w0"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
+    fast.chat_template = "{{ messages[0].content }}"
+    fast.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\n---\n# base\n")
+
+
+def test_adapter_loads_by_repo_id_with_the_import_line(session):
+    pushed, loaded = load_file(session.folder / "logits.safetensors"), session.logits("load-adapter")
+    torch.testing.assert_close(loaded["logits"], pushed["logits"], rtol=0, atol=1e-5)
+    assert loaded["keys"].shape[1] == 2
+
+
+def test_merged_model_loads_by_repo_id_without_this_package(session):
+    pushed, loaded = load_file(session.folder / "logits.safetensors"), session.logits("load-merged")
+    torch.testing.assert_close(loaded["logits"], pushed["logits"], rtol=0, atol=1e-4)
+    assert loaded["keys"].shape[1] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "says"),
+    [
+        ("missing token", "ValueError", "hf auth login"),
+        ("refused token", "ValueError", "refused the token"),
+        ("bad id", "ValueError", "repo_id='adapter' must be 'owner/name'"),
+        ("public repo", "ValueError", "is public"),
+        ("not wrapped", "ValueError", "got LlamaForCausalLM"),
+        ("unknown base", "ValueError", "'nobody/base' is not on the Hub"),
+        ("unknown option", "TypeError", "calibration"),
+        ("interrupted", "ConnectionError", "Push again"),
+        ("existing repo", "ValueError", "exist_ok=True"),
+        ("not merged", "ValueError", "merge_and_unload"),
+    ],
+)
+def test_failures_are_clear(session, name, kind, says):
+    assert session.errors[name][0] == kind, session.errors[name]
+    assert says in session.errors[name][1]
+
+
+def test_failures_leave_nothing_visible(session):
+    assert not session.errors["repos before"]
+    assert session.errors["files after interruption"] == [".gitattributes"]
+
+
+def test_pushes_are_private_unless_asked_otherwise_and_one_commit(session):
+    adapter, merged = session.hub.repos["me/adapter"], session.hub.repos["me/merged"]
+    assert adapter.private and not merged.private
+    assert [message.split(" asymgqa")[0] for message in merged.commits] == ["initial commit", "Upload with"]
+    assert {name for name in adapter.files if "." in name[1:]} >= {"adapter_model.safetensors", "README.md"}
+    assert not any(name.endswith((".bin", ".pt")) for repo in session.hub.repos.values() for name in repo.files)
+
+
+def test_replacing_a_repository_removes_what_would_shadow_the_adapter_and_nothing_else(session):
+    files = session.hub.repos["me/old"].files
+    assert {"notes.txt", "generation_config.json", "adapter_model.safetensors"} <= files.keys()
+    assert not {"config.json", "model.safetensors"} & files.keys()
+    assert len(session.hub.repos["me/old"].commits) == 2
+
+
+def test_card_of_the_adapter_survives_the_push_and_a_later_one_by_peft(session):
+    assert len(session.hub.repos["me/adapter"].commits) == 3  # initial, ours, PEFT's
+    card = session.card("me/adapter")
+    assert card.data.base_model == "them/base" and card.data.base_model_relation == "adapter"
+    assert {"asymgqa", "peft"} <= set(card.data.tags)
+    assert "import asymgqa_peft" in card.text and 'from_pretrained("me/adapter")' in card.text
+    assert "Calibration data: random ids" in card.text and "Recovery training data: not stated" in card.text
+    assert "| this model | 12.35 |" in card.text
+
+
+def test_card_of_the_merged_model(session):
+    card, text = session.card("me/merged"), session.card("me/merged").text
+    assert card.data.base_model_relation == "finetune" and "peft" not in card.data.tags
+    assert card.data.license == "other" and card.data.license_name == "tiny"
+    assert session.hub.repos["them/base"].sha in card.data.license_link
+    assert "AutoModelForCausalLM" in text and "import asymgqa_peft" not in text
+    assert "| class | LlamaForCausalLM | MistralForCausalLM |" in text
+    assert "| KV cache, bytes per token (float32) | 768 | 256 |" in text  # 2 * 2 layers * 8 * 4 bytes * 6 or 2 heads
+    assert "layer 0: [0 2 3 5] [1 4]\nlayer 1: [1 2] [0 3 4 5]" in text
+    assert f"Base revision: {session.hub.repos['them/base'].sha}" in text
+
+
+def test_recipe_merges_a_repository_and_pushes_it(session):
+    output = session.folder / "recipe" / "plain"
+    session.run(RECIPE, "me/adapter", "--output", output, "--push", "me/again", "--recovery-data", "nothing")
+    assert session.hub.repos["me/again"].private
+    assert [path.name for path in output.parent.iterdir()] == ["plain"]  # nothing half-written is left beside
+    assert {"generation_config.json", "chat_template.jinja", "tokenizer.json"} <= {p.name for p in output.iterdir()}
+    assert (output / "README.md").read_bytes() == session.file("me/again", "README.md")
+    assert "Recovery training data: nothing" in session.card("me/again").text
+    ours, again = (load(session.file(repo, "model.safetensors")) for repo in ("me/merged", "me/again"))
+    torch.testing.assert_close(again, ours, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Folders of a base and of an adapter of it."""
+    save_base(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = wrap(base, adapter_config(GROUPS["llama"]))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+def run_recipe(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["merge_and_push.py", *map(str, arguments)])
+    merge_and_push.main()
+
+
+def test_recipe_publishes_an_adapter_without_loading_a_model(saved, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(merge_and_push, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(merge_and_push, "check_push_target", lambda *args, **options: None)
+    monkeypatch.setattr(merge_and_push, "push_folder", lambda *args, **options: pushed.append((args, options)))
+    output, push = saved / "copy", ("--push", "me/copy", "--base-model", "them/base")
+    run_recipe(monkeypatch, saved / "adapter", "--output", output, "--adapter-only", *push)
+    assert pushed == [((output, "me/copy"), {"private": True, "exist_ok": False})]
+    assert 'from_pretrained("me/copy")' in (output / "README.md").read_text()
+    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == "them/base"
+    weights = "adapter_model.safetensors"
+    assert (output / weights).read_bytes() == (saved / "adapter" / weights).read_bytes()
+    assert (output / "chat_template.jinja").exists()
+
+
+def test_recipe_says_how_to_repeat_an_interrupted_push(saved, monkeypatch):
+    def interrupted(*args, **options):
+        raise ConnectionError("cut")
+
+    monkeypatch.setattr(merge_and_push, "check_push_target", lambda *args, **options: None)
+    monkeypatch.setattr(merge_and_push, "push_folder", interrupted)
+    with pytest.raises(SystemExit, match="push_folder\\('.*plain', 'me/copy'"):
+        run_recipe(monkeypatch, saved / "adapter", "--output", saved / "plain", "--push", "me/copy")
+    assert (saved / "plain" / "model.safetensors").exists()
+
+
+def test_recipe_checks_its_output_before_it_loads_anything(saved, monkeypatch):
+    monkeypatch.setattr(merge_and_push, "load_adapter_config", None)
+    (saved / "file").write_text("")
+    for output, says in ((saved / "base", "exists"), (saved / "file" / "plain", "cannot be written")):
+        with pytest.raises(SystemExit, match=says):
+            run_recipe(monkeypatch, saved / "adapter", "--output", output)
+    with pytest.raises(SystemExit, match="holds no model"):
+        run_recipe(monkeypatch, saved / "adapter", "--output", saved, "--overwrite")
+
+
+def test_recipe_keeps_an_earlier_output_when_it_fails(saved, monkeypatch):
+    before = {path.name: path.read_bytes() for path in (saved / "base").iterdir()}
+    monkeypatch.setattr(merge_and_push, "save_merged", None)
+    with pytest.raises(TypeError):
+        run_recipe(monkeypatch, saved / "adapter", "--output", saved / "base", "--overwrite")
+    assert {path.name: path.read_bytes() for path in (saved / "base").iterdir()} == before
+    assert sorted(path.name for path in saved.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_adapter_card_states_the_groups_and_what_is_unknown(family):
+    model = wrap(BASES[family](), adapter_config(GROUPS[family]))
+    conversion = Conversion.of(model)
+    text = model_card(conversion, name="folder")
+    assert f"| class | {type(model.get_base_model()).__name__} |" in text
+    assert f"layers 0-1: {' '.join('[' + ' '.join(map(str, g)) + ']' for g in GROUPS[family])}" in text
+    assert text.count("not stated") == 3 and "Not stated." in text
+    assert ModelCard(text).data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}  # nothing invented
+    layers = [layer.self_attn for layer in model.get_base_model().model.layers]
+    assert conversion.adapter_slots() == layers[0].k_proj.lora_slots["default"].layout.num_slots
+
+
+def test_card_tells_what_the_report_says_and_refuses_another_adapters():
+    model = wrap(tiny_llama(), adapter_config(num_key_value_heads=2))
+    report = initialize_asymgqa_weights(model, [torch.arange(2, 50).view(4, 12)], progress=False)
+    text = model_card(Conversion.of(model), name="folder", report=report, calibration_data="books")
+    assert "Calibration data: books (48 tokens)" in text and "Cost of the groups: " in text
+    assert all(note in text for note in report.notes)
+    other = Conversion.of(wrap(tiny_llama(), adapter_config([[0, 5], [1, 2, 3, 4]])))
+    with pytest.raises(ValueError, match="head_groups are not the adapter's"):
+        model_card(other, name="folder", report=report)
+    with pytest.raises(ValueError, match="evaluation=.* must be rows"):
+        model_card(other, name="folder", evaluation={"base": 38.3})
+
+
+def test_saved_folders_keep_our_card_and_local_paths_stay_unpublished(tmp_path):
+    save_base(tmp_path / "base")
+    model = wrap(LlamaForCausalLM.from_pretrained(tmp_path / "base"), adapter_config(GROUPS["llama"]))
+    with pytest.raises(ValueError, match="base_model='owner/name'"):
+        save_adapter(model, None, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    save_adapter(model, None, tmp_path / "adapter", base_model="them/base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "them/base"
+
+    conversion = Conversion.of(model)
+    save_merged(model.merge_and_unload(), None, tmp_path / "plain", conversion)
+    text = (tmp_path / "plain" / "README.md").read_text()
+    assert "`base` (a local folder)" in text and str(tmp_path) not in text
+    assert ModelCard(text).data.license_name == "tiny" and ModelCard(text).data.license_link is None
+
+
+def test_another_adapter_name_is_saved_where_loaders_look(tmp_path):
+    model = wrap(tiny_llama(), adapter_config(GROUPS["llama"]), adapter_name="other")
+    save_adapter(model, None, tmp_path / "adapter", base_model="them/base")
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_other_adapters_and_pickles_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="PeftModelForCausalLM with LoraConfig"):
+        Conversion.of(get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM")))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (tmp_path / "training_args.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="training_args.bin would run code"):
+        push_folder(tmp_path, "me/adapter")
+
+
+def test_a_base_without_card_has_no_licence(tmp_path):
+    assert base_licence(str(tmp_path)) == {} == base_licence(None)
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")  # not YAML
+    assert base_licence(str(tmp_path)) == {}
