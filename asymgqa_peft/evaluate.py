@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -116,17 +117,14 @@ def as_inputs(batch: Batch) -> dict[str, Tensor]:
     return {name: inputs[name] for name in ("input_ids", "attention_mask") if inputs.get(name) is not None}
 
 
-class _evaluating:
-    """Eval mode inside, the former mode afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *exc) -> None:
-        self.model.train(self.training)
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _predictions(model, batches, desc: str, progress: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

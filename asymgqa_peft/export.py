@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,26 +74,40 @@ def plan_export(model: PreTrainedModel, groups: HeadGroups) -> ExportPlan:
     config, family, shape = model.config, find_family(model.config), head_shape(model.config)
     if not family.grouped or not family.explicit_head_dim:
         return _plan_fixed_slots(model, groups, family, shape)
-    largest = groups.max_group_size * shape.queries_per_kv
-    equal = all(size == groups.max_group_size for layer in range(len(groups.layers)) for size in groups.sizes(layer))
-    if not equal and (padded := _padded_class(type(model), config, family)):
-        plain = _try_config(padded[1], config, groups, largest, shape, family.padded_as.sets)
-        if plain is not None:
-            return _plan(padded[0], plain, groups, largest, family, shape)
-    for slots in range(largest, 2 * largest + 1):
-        plain = _try_config(type(config), config, groups, slots, shape, {})
-        if plain is not None:
-            return _plan(type(model), plain, groups, slots, family, shape)
+    refusal = None
+    for model_class, config_class, slots, sets in _candidates(model, groups, family, shape):
+        try:
+            plain = _plain_config(config_class, config, groups, slots, shape, sets)
+        except Exception as error:  # each version of transformers wraps a configuration's refusal in another class
+            refusal = error
+            continue
+        return _plan(model_class, plain, groups, slots, family, shape)
     raise ValueError(
-        f"No {type(config).__name__} holds groups of up to {largest} query heads: it wants hidden_size="
-        f"{config.hidden_size} divisible by num_key_value_heads={groups.num_key_value_heads} times the slots per "
-        "group. Use equal groups (grouping='symmetric') or another num_key_value_heads."
-    )
+        f"No {type(config).__name__} holds {groups.num_key_value_heads} groups of up to "
+        f"{groups.max_group_size * shape.queries_per_kv} query heads each. The last one tried says: "
+        f"{_last_line(refusal)} The adapter is unchanged and stays usable; for a plain checkpoint train one with "
+        "equal groups (grouping='symmetric') or another num_key_value_heads."
+    ) from refusal
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def _candidates(model, groups: HeadGroups, family: Family, shape: HeadShape) -> Iterator[tuple[type, type, int, dict]]:
+    """(model class, configuration class, slots per K/V head, values to set), best first."""
+    largest = groups.max_group_size * shape.queries_per_kv
+    equal = {size for layer in range(len(groups.layers)) for size in groups.sizes(layer)} == {groups.max_group_size}
+    if not equal and (padded := _padded_class(type(model), model.config, family)):
+        yield *padded, largest, family.padded_as.sets
+    for slots in range(largest, 2 * largest + 1):  # over-padded: some classes want hidden_size % slots == 0
+        yield type(model), type(model.config), slots, {}
 
 
 def _plan(model_class, config, groups: HeadGroups, slots_per_kv: int, family: Family, shape: HeadShape) -> ExportPlan:
     layouts = tuple(slot_layout(partition, shape.queries_per_kv, slots_per_kv) for partition in groups.layers)
     config.architectures = [model_class.__name__]
+    _write_rope_fields(config, family)
     return ExportPlan(model_class, config, layouts, family, shape)
 
 
@@ -102,11 +116,12 @@ def _plan_fixed_slots(model, groups: HeadGroups, family: Family, shape: HeadShap
     sizes = [len(group) * shape.queries_per_kv for partition in groups.layers for group in partition]
     slots_per_kv = math.gcd(*sizes) if family.grouped else 1
     kv_heads = shape.num_attention_heads // slots_per_kv
-    if kv_heads >= shape.base_kv_heads:
+    if kv_heads > groups.num_key_value_heads:
+        shrinks = "shrinks less than the adapter's" if kv_heads < shape.base_kv_heads else "does not shrink"
         warnings.warn(
-            f"{type(model.config).__name__} cannot express these groups: the plain checkpoint keeps "
-            f"{kv_heads} KV heads, so its cache does not shrink. The adapter's quality carries over unchanged.",
-            stacklevel=6,
+            f"{type(model.config).__name__} cannot express these groups: the plain checkpoint stores {kv_heads} KV "
+            f"heads, not {groups.num_key_value_heads}, so its cache {shrinks}. Its logits are the adapter's.",
+            stacklevel=5,
         )
     config = copy.deepcopy(model.config)
     if family.grouped:
@@ -125,34 +140,34 @@ def _padded_class(model_class, config, family: Family) -> tuple[type, type] | No
     return None if stand_in is None else (stand_in, config_class)
 
 
-def _try_config(config_class, config, groups: HeadGroups, slots_per_kv: int, shape: HeadShape, sets: dict):
-    """The plain configuration, or None where its class refuses the number of slots."""
+def _plain_config(config_class, config, groups: HeadGroups, slots_per_kv: int, shape: HeadShape, sets: dict):
+    """The plain configuration; raises whatever its class raises where it refuses the number of slots."""
     values = config.to_dict()
     values.pop("model_type", None)
     if config_class is not type(config):
         own = config_class().to_dict()
-        values = {name: value for name, value in values.items() if name in own or name == "architectures"}
+        values = {name: value for name, value in values.items() if name in own}
     num_slots = groups.num_key_value_heads * slots_per_kv
     values |= {"num_attention_heads": num_slots, "num_key_value_heads": groups.num_key_value_heads} | sets
     if num_slots != shape.num_attention_heads or values.get("head_dim") is not None:
         values["head_dim"] = shape.head_dim
-    try:
-        plain = config_class.from_dict(values)
-    except Exception as error:  # each version wraps the same refusal in another class
-        if "num_attention_heads" not in str(error) and "attention heads" not in str(error):
-            raise
-        return None
+    plain = config_class.from_dict(values)
     plain._attn_implementation = config._attn_implementation
-    _write_rope_theta(plain)
     return plain
 
 
-def _write_rope_theta(config: PretrainedConfig) -> None:
-    """Write the top-level fields that engines written for transformers 4 read; transformers 5 ignores them."""
+def _write_rope_fields(config: PretrainedConfig, family: Family) -> None:
+    """Write the top-level RoPE fields that engines written for transformers 4 read; transformers 5 takes both."""
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict) or "rope_theta" not in parameters:
         return
-    config.rope_theta = parameters["rope_theta"]
+    for entry, name in family.rope_fields.items():
+        if entry in parameters:
+            setattr(config, name, parameters[entry])
+    if parameters.get("rope_type", "default") != "default":
+        scaling = {entry: value for entry, value in parameters.items() if entry not in family.rope_fields}
+        # Past the property of this name, which stands for rope_parameters and warns on assignment.
+        vars(config)["rope_scaling"] = scaling
 
 
 @torch.no_grad()
@@ -190,9 +205,7 @@ def _norm_scale(norm: SharedKeyNorm | None, adapter_name: str, shape: HeadShape)
 
 
 @torch.no_grad()
-def export_plain_model(
-    model: PreTrainedModel, plan: ExportPlan, tensors: Sequence[SharedTensors]
-) -> PreTrainedModel:
+def export_plain_model(model: PreTrainedModel, plan: ExportPlan, tensors: Sequence[SharedTensors]) -> PreTrainedModel:
     """Write the shared heads into a model whose LoRA is merged, and return it as an instance of the stock class.
 
     A layer at a time: beside the model, one layer's projections in float64 are held.
@@ -309,12 +322,15 @@ def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
 
 def _as_stock_model(model: PreTrainedModel, plan: ExportPlan) -> PreTrainedModel:
     """A fresh instance of the stock class that takes over the tensors: strict loading proves names and shapes."""
+    # Unloading a head that was trained on its own (modules_to_save) unties it, after the plan was made.
+    plan.config.tie_word_embeddings = model.config.tie_word_embeddings
     with init_empty_weights(include_buffers=False):
         plain = plan.model_class(plan.config)
     plain.load_state_dict(model.state_dict(), strict=True, assign=True)
     plain.tie_weights()
     _take_over_buffers(model, plain)
-    plain.generation_config = copy.deepcopy(model.generation_config)
+    if model.can_generate():
+        plain.generation_config = copy.deepcopy(model.generation_config)
     plain.train(model.training)
     device_map = getattr(model, "hf_device_map", None)
     return dispatch_model(plain, device_map) if device_map and len(set(device_map.values())) > 1 else plain

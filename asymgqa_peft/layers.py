@@ -111,6 +111,7 @@ class SharedLayer(nn.Module, BaseTunerLayer):
     def active(self) -> str | None:
         """Name of the adapter in effect, None while the base's own heads are."""
         if self.disable_adapters:
+            self.unmerge()  # as LoRA layers do: both must come back with the same adapter
             return None
         names = [name for name in self.merged_adapters or self.active_adapters if name in self.adapters()]
         if len(names) > 1:
@@ -144,6 +145,12 @@ class SharedLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             if adapter_name in getattr(self, name):
                 getattr(self, name)[adapter_name].to(dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's also casts to the base's dtype, which would round fp32 heads on loading with low_cpu_mem_usage.
+        for name in self.adapter_layer_names:
+            if adapter_name in getattr(self, name):
+                getattr(self, name)[adapter_name].to(device or self._device())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whole K/V projections are no low-rank update."""
@@ -208,7 +215,7 @@ class SharedProjection(SharedLayer):
     def base_heads(self, part: str) -> tuple[Tensor, Tensor | None]:
         """Base weight (K, D, E) and bias (K, D) or None of "query", "key" or "value", dequantised."""
         base = self.get_base_layer()
-        weight = dequantize_module_weight(base).detach()
+        weight = base_weight(base)
         rows = self._base_rows(part, weight.device)
         bias = None if base.bias is None else base.bias.detach()[rows].unflatten(0, (-1, self.shape.head_dim))
         return weight[rows].unflatten(0, (-1, self.shape.head_dim)), bias
@@ -225,7 +232,9 @@ class SharedProjection(SharedLayer):
     def shared_heads(self, adapter_name: str, x: Tensor) -> list[Tensor]:
         """(B, T, E) -> stored heads (B, T, kv_heads, D) of each part."""
         heads = self.lora_kv[adapter_name](x).unflatten(-1, (len(self.parts), -1, self.shape.head_dim))
-        return [self.lora_slots[adapter_name].store(part) for part in heads.unbind(-3)]
+        # Not unbind: OLMo clamps what it gets in place, which autograd forbids for one of several views.
+        parts = (heads.select(-3, index) for index in range(len(self.parts)))
+        return [self.lora_slots[adapter_name].store(part) for part in parts]
 
     def fit_queries(self, adapter_name: str, query: Tensor) -> Tensor:
         """Apply gain and mix to query heads (B, T, H, D) and scatter them into slots."""
@@ -366,3 +375,14 @@ def mean_over_groups(heads: Tensor, partition: Partition) -> Tensor:
     """Base heads (K, D, ...) -> shared heads (G * D, ...), averaged over each group in at least fp32."""
     heads = heads.to(torch.promote_types(heads.dtype, torch.float32))
     return torch.cat([heads[list(group)].mean(0) for group in partition])
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """Weight of one of the base's projections, dequantised."""
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        # bitsandbytes repacks 4-bit weights on their first inference on a CPU, and its own dequantisation then returns
+        # wrong numbers without an error (0.50). What the layer computes is right.
+        with torch.no_grad():
+            columns = module(torch.eye(module.in_features, device=module.weight.device))
+            return (columns if module.bias is None else columns - module.bias).T.contiguous()
+    return dequantize_module_weight(module).detach()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 
 from peft import PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import register_peft_method
-from torch import nn
+from torch import Tensor, nn
 
 from .config import AsymGQAConfig
 from .export import export_plain_model, plan_export, shared_tensors
@@ -37,6 +40,7 @@ class AsymGQAModel(LoraModel):
         _check_not_sharded(self.model)
         peft_config.head_groups = initial_groups(peft_config, sites[0].shape, len(sites)).to_lists()
         self._shared_layer_index = {name: site.layer for site in sites for name in site.shared_names}
+        _check_modules_to_save(peft_config, self._shared_layer_index)
         self._resolve_targets(peft_config)
         return peft_config
 
@@ -76,6 +80,8 @@ class AsymGQAModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Inject an adapter as LoRA does, then (re-)install the hooks that fit queries to shared heads."""
+        # The groups are written into the config. In a copy: the caller may wrap another model with the same one.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # Again for every adapter: a later one may have wrapped q_proj or o_proj, and the hooks belong outside.
         _remove_hooks(self.model)
@@ -103,6 +109,14 @@ class AsymGQAModel(LoraModel):
             if isinstance(module, SharedLayer) and adapter_name in module.adapters():
                 module.cast_to_base(adapter_name)
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args) -> None:
+        # Every way of loading a PeftModel passes here before a tensor is written. PEFT's own only warns about missing
+        # tensors and says nothing about unknown ones.
+        if not _is_sharded(self):
+            own = {prefix + name: p.shape for name, p in self.named_parameters(remove_duplicate=False)}
+            _check_adapter_tensors({k: v.shape for k, v in state_dict.items() if k.startswith(prefix)}, own)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter.
 
@@ -112,6 +126,14 @@ class AsymGQAModel(LoraModel):
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise ValueError(f"adapter_name={adapter_name!r}: attention has one set of K/V heads, activate one.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was the active one, one of the others becomes active in every layer."""
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.peft_config:
+            # PEFT lets every layer choose, and a LoRA layer knows only the adapters that target it.
+            self.set_adapter(min(self.peft_config))
 
     def add_weighted_adapter(self, *args, **kwargs) -> None:
         """Refused: K/V heads of different adapters live in different bases and have no meaningful sum."""
@@ -137,11 +159,32 @@ class AsymGQAModel(LoraModel):
                 site.restore_head_counts()
             return model
         name = self._adapter_to_merge(adapter_names)
+        if safe_merge:
+            self._check_finite(name)
         plan = plan_export(self.model, self.head_groups(name))  # may refuse: nothing has changed yet
         tensors = [shared_tensors(site, name) for site in attention_sites(self.model)]
         _remove_hooks(self.model)
         model = unload(merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=[name])
         return export_plain_model(model, plan, tensors)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge one adapter in place; `unmerge_adapter` takes it back.
+
+        Raises:
+            ValueError: for several adapters, or one with NaNs under `safe_merge`; nothing is merged then.
+        """
+        name = self._adapter_to_merge(adapter_names)
+        if safe_merge:
+            self._check_finite(name)
+        super().merge_adapter([name], safe_merge=safe_merge)
+
+    def _check_finite(self, adapter_name: str) -> None:
+        # Of all tensors beforehand: PEFT looks layer by layer, and leaves a half-merged model where it stops.
+        named = [(name, p) for name, p in self.model.named_parameters() if adapter_name in name.split(".")]
+        if broken := [name for name, parameter in named if not parameter.isfinite().all()]:
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {broken}."
+            )
 
     def _adapter_to_merge(self, adapter_names: list[str] | None) -> str:
         names = adapter_names or self.active_adapters
@@ -149,6 +192,9 @@ class AsymGQAModel(LoraModel):
             raise ValueError(f"adapter_names={names!r}: attention has one set of K/V heads, merge one adapter.")
         if names[0] not in self.peft_config:
             raise ValueError(f"adapter_names={names!r}: unknown, the model holds {list(self.peft_config)}.")
+        layers = [module for module in self.model.modules() if isinstance(module, SharedLayer)]
+        if others := {name for layer in layers for name in layer.merged_adapters} - {names[0]}:
+            raise ValueError(f"adapter_names={names!r}: {sorted(others)} is merged already, call unmerge_adapter().")
         return names[0]
 
 
@@ -179,6 +225,52 @@ def _short_names(targets: set[str], model: nn.Module) -> set[str]:
     short = {name.rpartition(".")[2] for name in targets}
     others = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - targets
     return targets if any(name.rpartition(".")[2] in short for name in others) else short
+
+
+def _check_modules_to_save(config: AsymGQAConfig, shared_names: Mapping[str, int]) -> None:
+    for name in shared_names:
+        parts = name.split(".")
+        enclosing = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        for saved in config.modules_to_save or ():
+            if any(module.endswith(saved) for module in enclosing):  # PEFT's rule
+                raise ValueError(
+                    f"modules_to_save names {saved!r}, which is or holds {name!r}: K and V are shared and trained "
+                    "whole, leave it out."
+                )
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP or ZeRO-3 hold parameters under other names and shapes than a file does."""
+    return any("_fsdp_wrapped_module" in name or hasattr(p, "ds_id") for name, p in model.named_parameters())
+
+
+def _check_adapter_tensors(given: Mapping[str, tuple], own: Mapping[str, tuple]) -> None:
+    """Raise one ValueError for all tensors that are missing, unknown or mis-shaped in an adapter's state dict.
+
+    Args:
+        given: name -> shape of what is to be loaded.
+        own: name -> shape of what the model holds, all of its adapters and the base.
+    """
+    if any(".base_layer." in key for key in given):
+        return  # a whole model's state dict, e.g. from accelerate
+    names = {_adapter_of(key) for key in given if key in own}
+    problems = [f"missing: {key}" for key in own if _adapter_of(key) in names - {None} and key not in given]
+    problems += [f"unknown: {key}" for key in given if key not in own]
+    problems += [
+        f"shape {tuple(given[key])} instead of {tuple(own[key])}: {key}"
+        for key in given.keys() & own.keys()
+        if given[key] != own[key]
+    ]
+    if not given:
+        problems = ["it holds no tensor of this model"]
+    if problems:
+        listed = "\n  ".join(sorted(problems))
+        raise ValueError(f"The adapter file does not fit this model and its adapter_config.json:\n  {listed}")
+
+
+def _adapter_of(key: str) -> str | None:
+    match = re.search(r"\.lora_\w+\.([^.]+)", key)
+    return match and match.group(1)
 
 
 def _check_not_sharded(model: nn.Module) -> None:

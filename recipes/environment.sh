@@ -1,40 +1,43 @@
-# Sourced by quickstart.sh and tests/run.sh: makes a virtual environment once and installs the project into it.
-#   make_environment FOLDER EXTRAS     e.g. make_environment .venv test
-# Afterwards $PYTHON is its interpreter. Nothing outside FOLDER changes.
+# Sourced by quickstart.sh and tests/run.sh: a virtual environment with the project in it, made once.
+#   make_environment EXTRA     e.g. make_environment test
+# It stays in .venv (or $ASYMGQA_VENV) and is installed again only when pyproject.toml has changed. Afterwards $PYTHON
+# is its interpreter. A Python to make it with can be named: PYTHON3=/path/to/python3.
+
+fail() {
+    echo "$0: $*" >&2
+    exit 1
+}
 
 find_python() {
     local candidate
-    for candidate in "${PYTHON3:-}" python3 python3.13 python3.12 python3.11 python3.10; do
-        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 &&
-            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
-            command -v "$candidate"
+    for candidate in "${PYTHON3:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
+        if [[ -n $candidate ]] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$candidate"
             return
         fi
     done
-    echo "No Python >= 3.10 found. Install one (Debian/Ubuntu: apt-get install python3 python3-venv; macOS: brew" \
-        "install python) or name it: PYTHON3=/path/to/python3 $0" >&2
     return 1
 }
 
 make_environment() {
-    local folder=$1 extras=$2 python
-    local stamp=$folder/installed-$extras
+    local extra=$1 folder=${ASYMGQA_VENV:-.venv} python
+    local stamp=$folder/installed-$extra
     PYTHON=$folder/bin/python
-    if [ -e "$stamp" ] && [ ! pyproject.toml -nt "$stamp" ] && "$PYTHON" -c 'import asymgqa_peft' >/dev/null 2>&1; then
-        return
+    [[ -e $stamp && ! pyproject.toml -nt $stamp ]] && return
+    python=$(find_python) || fail "Python 3.10 or newer is needed: install it (Debian/Ubuntu: apt-get install python3" \
+        "python3-venv; macOS: brew install python), or name one with PYTHON3=/path/to/python3."
+    echo "$0: installing into $folder (some minutes, once)"
+    if [[ ! -x $PYTHON ]]; then
+        "$python" -m venv "$folder" || fail "$python cannot make a virtual environment: install its venv module" \
+            "(Debian/Ubuntu: apt-get install python3-venv), remove $folder and try again."
     fi
-    python=$(find_python) || return 1
-    if ! "$python" -m venv "$folder"; then
-        echo "Python's venv module is missing. Debian/Ubuntu: apt-get install python3-venv" >&2
-        return 1
-    fi
-    echo "Installing into $folder (once) ..."
-    # torch first and alone: this version has wheels for every supported Python, so nothing is compiled.
-    if ! "$PYTHON" -m pip install --quiet torch==2.13.0 || ! "$PYTHON" -m pip install --quiet -e ".[$extras]"; then
-        echo "Installation failed, see pip's message above. Without a network, point PIP_INDEX_URL or PIP_FIND_LINKS" \
-            "at your package index; if pip wants to compile, install a compiler (Debian/Ubuntu: apt-get install" \
-            "build-essential python3-dev) or use a Python version that has wheels (3.10 to 3.13)." >&2
-        return 1
-    fi
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || fail "$folder has no pip: install python3-venv (Debian/Ubuntu:" \
+        "apt-get install python3-venv), remove $folder and try again."
+    # torch first: the resolver then keeps it, and does not fetch another build along the way.
+    "$PYTHON" -m pip install --quiet "torch==2.13.0" || fail "torch 2.13.0 could not be installed: it needs a 64-bit" \
+        "Python 3.10 to 3.14 and the package index; this is $("$PYTHON" -VV | head -1)."
+    "$PYTHON" -m pip install --quiet --editable ".[$extra]" || fail "installing the package failed, see above. If pip" \
+        "wants to compile something, it found no wheel for this Python: take 3.10 to 3.13, or install a compiler" \
+        "(Debian/Ubuntu: apt-get install build-essential python3-dev)."
     touch "$stamp"
 }

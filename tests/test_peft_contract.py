@@ -1,0 +1,662 @@
+"""PEFT's contract: an AsymGQA adapter behaves as a LoRA adapter does, or refuses with a reason."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import warnings
+
+import pytest
+import torch
+import transformers
+from conftest import BASES, GROUPS, LAYERS, OTHER_GROUPS, adapter_config, logits, scramble, tiny_llama, wrap
+from packaging.version import Version
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file, save_file
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
+
+from asymgqa_peft import layers
+from asymgqa_peft.families import head_shape
+
+MERGE_TOLERANCE = 2e-6  # fp32, logits of order 1
+
+
+def close(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Equal up to the rounding of folded weights."""
+    return torch.allclose(left, right, atol=MERGE_TOLERANCE, rtol=0)
+
+
+def shared_layers(model) -> list:
+    """All shared K/V layers of a wrapped model."""
+    return [module for module in model.modules() if isinstance(module, layers.SharedLayer)]
+
+
+def trainable(model) -> set[str]:
+    """Names of the parameters that train."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def tensors(model) -> dict[str, torch.Tensor]:
+    """A copy of everything the model holds."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def has_our_hooks(model) -> bool:
+    """Whether a hook of a shared layer is left anywhere."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return any(isinstance(getattr(hook, "__self__", None), layers.SharedLayer) for hook in hooks)
+
+
+def train_step(model, lr: float = 0.1) -> float:
+    """One step of SGD on fixed random tokens; returns the loss."""
+    model.train()
+    ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(3))
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= lr * parameter.grad
+                parameter.grad = None
+    model.eval()
+    return loss.item()
+
+
+# --- switching an adapter off and on ---
+
+
+def test_disabled_is_the_base_bit_for_bit_and_enabled_again_the_adapter(base, family):
+    reference = logits(base)
+    model = wrap(base, adapter_config(GROUPS[family]))
+    adapted = logits(model)
+    assert (adapted - reference).abs().max() > 0.1
+    with model.disable_adapter():
+        assert torch.equal(logits(model), reference)
+    assert torch.equal(logits(model), adapted)
+    model.base_model.disable_adapter_layers()
+    assert torch.equal(logits(model), reference)
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(logits(model), adapted)
+
+
+def test_disabling_survives_training_and_gradients_return(wrapped, base, family):
+    reference = logits(BASES[family]())
+    before = trainable(wrapped)
+    train_step(wrapped)
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped), reference)
+        assert not any(".lora_" in name for name in trainable(wrapped))
+    assert trainable(wrapped) == before and before
+
+
+def test_deep_copy_is_independent(wrapped):
+    reference = logits(wrapped)
+    twin = copy.deepcopy(wrapped)
+    assert torch.equal(logits(twin), reference)
+    scramble(twin, seed=2)
+    assert (logits(twin) - reference).abs().max() > 0.1
+    assert torch.equal(logits(wrapped), reference)
+    with twin.disable_adapter():  # the hooks of the copy look at the copy's switches
+        assert torch.equal(logits(wrapped), reference)
+
+
+# --- saving and loading ---
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_saved_adapter_reloads_on_the_original_base(wrapped, family, tmp_path, low_cpu_mem_usage):
+    wrapped.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists() and not list(tmp_path.glob("*.bin"))
+    loaded = PeftModel.from_pretrained(BASES[family](), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(loaded), logits(wrapped))
+    assert not trainable(loaded) and not any(p.is_meta for p in loaded.parameters())
+    assert loaded.peft_config["default"].head_groups == [sorted_groups(GROUPS[family])] * LAYERS
+
+
+def sorted_groups(groups: list) -> list:
+    """Groups as they are saved."""
+    return [sorted(group) for group in groups]
+
+
+def test_saved_file_holds_the_adapter_and_nothing_of_the_base(wrapped, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved and all(".lora_" in name for name in saved)
+    assert sum(t.numel() for t in saved.values()) == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+
+
+def test_loaded_for_training_trains_what_the_original_did(wrapped, family, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(BASES[family](), tmp_path, is_trainable=True)
+    assert trainable(loaded) == trainable(wrapped)
+    assert train_step(loaded) == pytest.approx(train_step(wrapped), abs=1e-6)
+
+
+def test_auto_class_loads_base_and_adapter(family, tmp_path):
+    BASES[family]().save_pretrained(tmp_path / "base")
+    base = type(BASES[family]()).from_pretrained(tmp_path / "base")
+    model = wrap(base, adapter_config(GROUPS[family]))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+def test_transformers_own_loading(wrapped, family, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    base = BASES[family]()
+    reference = logits(base)
+    base.load_adapter(str(tmp_path))
+    assert torch.equal(logits(base), logits(wrapped)) and not torch.equal(logits(base), reference)
+    base.disable_adapters()
+    assert torch.equal(logits(base), reference)
+    base.enable_adapters()
+    assert torch.equal(logits(base), logits(wrapped))
+
+
+def test_adapter_dtype_follows_pefts_switch(tmp_path):
+    """fp32 over a bf16 base unless autocast is off; either way the base's output dtype."""
+    wrap(tiny_llama().bfloat16(), adapter_config(GROUPS["llama"])).save_pretrained(tmp_path)
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        made = get_peft_model(
+            tiny_llama().bfloat16(), adapter_config(GROUPS["llama"]), autocast_adapter_dtype=autocast
+        )
+        loaded = PeftModel.from_pretrained(tiny_llama().bfloat16(), tmp_path, autocast_adapter_dtype=autocast)
+        for model in (made, loaded):
+            assert {p.dtype for name, p in model.named_parameters() if ".lora_" in name} == {dtype}
+            assert model(input_ids=torch.zeros(1, 3, dtype=torch.long)).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_shared_heads_are_not_rounded_on_loading_over_a_bf16_base(tmp_path, low_cpu_mem_usage):
+    model = wrap(tiny_llama().bfloat16(), adapter_config(GROUPS["llama"]))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama().bfloat16(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    want, got = ({n: p for n, p in m.named_parameters() if "lora_kv" in n} for m in (model, loaded))
+    assert want and all(torch.equal(want[name], got[name]) for name in want)
+    assert not any(torch.equal(p, p.bfloat16().float()) for p in want.values())  # rounding would show
+
+
+def test_missing_misshaped_and_unknown_tensors_are_reported_at_once(wrapped, family, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    good = load_file(path)
+    missing = next(name for name in good if "lora_kv.weight" in name)
+    misshaped = next(name for name in good if "lora_query_gain" in name)
+    bad = {**good, misshaped: torch.zeros(1), "base_model.x": good[missing].clone()}
+    del bad[missing]
+    save_file(bad, path)
+    for options in ({}, {"low_cpu_mem_usage": True}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ValueError, match="does not fit this model") as refusal:
+            PeftModel.from_pretrained(BASES[family](), tmp_path, **options)
+        text = str(refusal.value)
+        assert f"missing: {missing.replace('.weight', '.default.weight')}" in text
+        assert "unknown: base_model.x" in text
+        assert misshaped.replace(".weight", ".default.weight") in text
+    save_file(good, path)
+    assert torch.equal(logits(PeftModel.from_pretrained(BASES[family](), tmp_path)), logits(wrapped))
+
+
+def test_an_empty_or_foreign_file_is_refused(wrapped, family, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    foreign = {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.zeros(4, 4)}
+    for content in ({}, foreign):
+        save_file(content, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match="does not fit this model"):
+            PeftModel.from_pretrained(BASES[family](), tmp_path)
+
+
+def test_an_adapter_of_another_depth_is_refused_before_the_base_changes(wrapped, family, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    base = BASES[family](num_hidden_layers=3)
+    before = dict(base.named_modules())
+    with pytest.raises(ValueError, match="head_groups has 2 layers, the model has 3"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert dict(base.named_modules()) == before
+
+
+def test_a_whole_models_state_dict_still_loads(wrapped):
+    state = tensors(wrapped)
+    twin = copy.deepcopy(wrapped)
+    scramble(twin, seed=2)
+    assert not torch.equal(logits(twin), logits(wrapped))
+    twin.load_state_dict(state)
+    assert torch.equal(logits(twin), logits(wrapped))
+
+
+# --- several adapters ---
+
+
+@pytest.fixture
+def pair(family, tmp_path):
+    """A model with adapters "default" and "other" of different G, and what each computes on its own."""
+    alone = {}
+    for name, groups in (("default", GROUPS[family]), ("other", OTHER_GROUPS[family])):
+        single = get_peft_model(BASES[family](), adapter_config(groups))
+        scramble(single, seed=len(name))
+        single.eval().save_pretrained(tmp_path / name)
+        alone[name] = logits(single)
+    model = PeftModel.from_pretrained(BASES[family](), tmp_path / "default", is_trainable=True)
+    model.load_adapter(tmp_path / "other", "other", is_trainable=True)
+    return model.eval(), alone
+
+
+def adapter_names(names: set[str]) -> set[str]:
+    """The adapters that parameters belong to."""
+    return {part for name in names for part in name.split(".") if part in ("default", "other")}
+
+
+def test_two_adapters_of_different_g_each_equal_their_single_model(pair, base):
+    model, alone = pair
+    assert not torch.equal(alone["default"], alone["other"])
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model), alone[name])
+        assert adapter_names(trainable(model)) == {name}
+        train_names = {n for n in trainable(model) if f".{name}." not in f"{n}."}
+        assert not train_names
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    assert torch.equal(logits(model), alone["default"])
+
+
+def test_training_one_adapter_leaves_the_other(pair):
+    model, alone = pair
+    model.set_adapter("other")
+    train_step(model)
+    assert not torch.equal(logits(model), alone["other"])
+    model.set_adapter("default")
+    assert torch.equal(logits(model), alone["default"])
+
+
+@pytest.mark.parametrize("deleted", ["default", "other"])
+def test_deleting_an_adapter_leaves_the_other(pair, deleted):
+    model, alone = pair
+    kept = "other" if deleted == "default" else "default"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT says which adapter is active now
+        model.delete_adapter(deleted)
+    assert list(model.peft_config) == [kept] and model.active_adapter == kept
+    assert torch.equal(logits(model), alone[kept])
+    assert not any(f".{deleted}." in f"{name}." for name in model.state_dict())
+    assert not any(deleted in layer.lora_slots for layer in shared_layers(model))
+
+
+def test_after_deleting_the_active_adapter_all_layers_agree_on_the_next():
+    """Layers know only the adapters that target them: left alone, each would pick another."""
+    model = wrap(tiny_llama(), adapter_config(GROUPS["llama"], target_modules=["q_proj", "down_proj"]))
+    for name, target in (("second", "o_proj"), ("first", "down_proj")):
+        model.add_adapter(name, adapter_config(OTHER_GROUPS["llama"], target_modules=[target]))
+        scramble(model, name, seed=len(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model.delete_adapter("default")
+    after = logits(model)
+    model.set_adapter(model.active_adapter)
+    assert torch.equal(logits(model), after)
+
+
+def test_a_new_adapter_stays_frozen_until_it_is_set(wrapped, family):
+    before = trainable(wrapped)
+    wrapped.add_adapter("other", adapter_config(OTHER_GROUPS[family]))
+    assert trainable(wrapped) == before
+    wrapped.set_adapter("other")
+    assert adapter_names(trainable(wrapped)) == {"other"} and len(trainable(wrapped)) == len(before)
+
+
+def test_several_active_adapters_are_refused(pair):
+    model, alone = pair
+    with pytest.raises(ValueError, match="one set of K/V heads, activate one"):
+        model.base_model.set_adapter(["default", "other"])
+    assert torch.equal(logits(model), alone["default"])
+    for layer in shared_layers(model):  # transformers' own set_adapter goes by the layers
+        layer.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="are active together.*set one"):
+        logits(model)
+
+
+def test_batches_that_mix_adapters_are_refused(pair):
+    model, alone = pair
+    with pytest.raises(ValueError, match="adapter_names= cannot mix adapters.*set_adapter"):
+        model(input_ids=torch.zeros(2, 3, dtype=torch.long), adapter_names=["default", "other"])
+    assert torch.equal(logits(model), alone["default"])
+
+
+def test_adding_up_adapters_is_refused(pair):
+    model, _ = pair
+    with pytest.raises(ValueError, match="cannot combine AsymGQA adapters"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
+    assert set(model.peft_config) == {"default", "other"}
+
+
+def test_mixed_models_are_refused(base, family):
+    with pytest.raises(ValueError, match="ASYM_GQA"):
+        get_peft_model(base, adapter_config(GROUPS[family]), mixed=True)
+    assert not shared_layers(base)
+
+
+# --- merging and unloading ---
+
+
+def test_merge_and_unmerge_in_place(base, family):
+    reference = logits(base)
+    model = wrap(base, adapter_config(GROUPS[family]))
+    adapted, before = logits(model), tensors(model)
+    model.merge_adapter()
+    assert all(layer.merged for layer in shared_layers(model))
+    assert close(logits(model), adapted)
+    assert not torch.equal(model.state_dict()[q_weight(model)], before[q_weight(model)])  # LoRA is folded
+    model.unmerge_adapter()
+    assert not any(layer.merged for layer in shared_layers(model))
+    assert close(logits(model), adapted)
+    with model.disable_adapter():  # LoRA adds and subtracts its product, which rounds: as for LoRA
+        assert close(logits(model), reference)
+    after = tensors(model)
+    kv = [name for name in before if ".lora_" in name or "k_proj" in name or "v_proj" in name]
+    assert kv and all(torch.equal(before[name], after[name]) for name in kv)
+
+
+def q_weight(model) -> str:
+    """Name of a base weight that LoRA is merged into."""
+    return next(name for name in model.state_dict() if name.endswith("q_proj.base_layer.weight"))
+
+
+def test_without_lora_unmerging_restores_the_base_bit_for_bit(base, family):
+    reference = logits(base)
+    model = wrap(base, adapter_config(GROUPS[family], target_modules=[]))
+    adapted = logits(model)
+    model.merge_adapter()
+    assert torch.equal(logits(model), adapted) and not torch.equal(adapted, reference)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), reference)
+
+
+def test_disabling_a_merged_adapter_unmerges_all_of_it(pair, base):
+    model, alone = pair
+    model.merge_adapter(["other"])
+    assert close(logits(model), alone["other"])  # as for LoRA: what is merged is in effect, not what is active
+    with model.disable_adapter():
+        assert close(logits(model), logits(base))
+    assert close(logits(model), alone["default"])  # and not the one's heads with the other's LoRA
+
+
+def test_merging_two_adapters_is_refused(pair):
+    model, alone = pair
+    with pytest.raises(ValueError, match="merge one adapter"):
+        model.merge_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="merge one adapter"):
+        model.merge_and_unload(adapter_names=["default", "other"])
+    with pytest.raises(ValueError, match="unknown, the model holds"):
+        model.merge_and_unload(adapter_names=["third"])
+    assert torch.equal(logits(model), alone["default"])
+    model.merge_adapter(["other"])
+    with pytest.raises(ValueError, match=r"\['other'\] is merged already, call unmerge_adapter"):
+        model.merge_and_unload(adapter_names=["default"])
+    assert close(logits(model), alone["other"])
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_merge_and_unload_one_of_two(pair, name):
+    model, alone = pair
+    plain = model.merge_and_unload(adapter_names=[name])
+    assert type(plain).__module__.startswith("transformers.") and not shared_layers(plain)
+    assert not has_our_hooks(plain) and not any(".lora_" in key for key in plain.state_dict())
+    assert close(logits(plain), alone[name])
+
+
+def test_merge_and_unload_after_merge_adapter(wrapped):
+    adapted = logits(wrapped)
+    wrapped.merge_adapter()
+    assert close(logits(wrapped.merge_and_unload()), adapted)
+
+
+@pytest.mark.parametrize("part", ["lora_kv", "lora_value_mix", "lora_B"])
+def test_safe_merge_of_a_broken_adapter_changes_nothing(wrapped, part):
+    healthy = logits(wrapped)
+    broken = [p for name, p in wrapped.named_parameters() if part in name][-1]
+    value = broken.detach().clone()
+    broken.data.view(-1)[0] = math.nan
+    modules, before = dict(wrapped.named_modules()), tensors(wrapped)
+    for merge in (wrapped.merge_and_unload, wrapped.merge_adapter):
+        with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+            merge(safe_merge=True)
+        assert dict(wrapped.named_modules()) == modules
+        assert all(torch.equal(v, before[n]) or v.isnan().any() for n, v in wrapped.state_dict().items())
+    broken.data.copy_(value)
+    assert torch.equal(logits(wrapped), healthy)
+    assert close(logits(wrapped.merge_and_unload(safe_merge=True)), healthy)
+
+
+def test_unload_returns_the_exact_base(base, family):
+    original, reference, names = type(base), logits(base), [name for name, _ in base.named_modules()]
+    groups = [getattr(m, "num_key_value_groups", None) for m in base.modules()]
+    model = wrap(base, adapter_config(GROUPS[family]))
+    logits(model)  # leaves the adapter's head counts behind
+    assert [getattr(m, "num_key_value_groups", None) for m in base.modules()] != groups
+    plain = model.unload()
+    assert plain is base and type(plain) is original and not hasattr(plain, "peft_config")
+    assert [name for name, _ in plain.named_modules()] == names and not has_our_hooks(plain)
+    assert [getattr(m, "num_key_value_groups", None) for m in plain.modules()] == groups
+    assert torch.equal(logits(plain), reference)
+
+
+def test_an_unloaded_base_can_be_wrapped_again(wrapped, family):
+    adapted = logits(wrapped)
+    again = wrap(wrapped.unload(), adapter_config(GROUPS[family]))
+    assert torch.equal(logits(again), adapted)
+
+
+# --- what is trained ---
+
+
+def expected_parameters(base, num_groups: int, rank: int) -> int:
+    """A closed formula for the trainable parameters, from the shapes of the base alone."""
+    s = head_shape(base.config)
+    bias = any(name.endswith("k_proj.bias") for name, _ in base.named_parameters())
+    per_layer = 2 * num_groups * s.head_dim * (s.hidden_size + bias)  # shared K and V
+    per_layer += s.num_attention_heads * s.rotary_dim  # complex gains, R/2 of two numbers
+    per_layer += s.num_attention_heads * (s.head_dim - s.rotary_dim) ** 2  # query mixes
+    per_layer += s.num_attention_heads * s.head_dim**2  # value mixes
+    skipped = ("k_proj", "v_proj", "lm_head")
+    lora = sum(
+        rank * (module.in_features + module.out_features)
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.endswith(skipped)
+    )
+    return base.config.num_hidden_layers * per_layer + lora
+
+
+@pytest.mark.parametrize(("num_groups", "rank"), [(2, 4), (3, 1)])
+def test_trainable_parameters_follow_the_formula(base, num_groups, rank, capsys):
+    total = sum(p.numel() for p in base.parameters())
+    expected = expected_parameters(base, num_groups, rank)
+    model = get_peft_model(base, adapter_config(num_key_value_heads=num_groups, r=rank))
+    assert model.get_nb_trainable_parameters() == (expected, total + expected)
+    model.print_trainable_parameters()
+    assert f"trainable params: {expected:,} || all params: {total + expected:,}" in capsys.readouterr().out
+
+
+def test_gradients_reach_every_part_of_the_adapter_and_nothing_else(wrapped):
+    ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(3))
+    wrapped.train()
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    reached = {name for name, p in wrapped.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert reached == trainable(wrapped)
+    for part in ("lora_kv", "lora_query_gain", "lora_value_mix", "lora_A", "lora_B"):
+        assert any(part in name for name in reached), part
+    assert any("lora_query_mix" in name for name in reached) == (head_shape(wrapped.config).pass_dim > 0)
+
+
+def test_these_moved_and_those_did_not(base, family):
+    """Only K and V: no LoRA, gains and mixes frozen by hand."""
+    model = wrap(base, adapter_config(GROUPS[family], target_modules=[]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_kv" in name)
+    before = tensors(model)
+    first = train_step(model, lr=0.05)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "lora_kv" in name}
+    assert train_step(model) < first
+
+
+def test_training_lowers_the_loss(wrapped):
+    losses = [train_step(wrapped, lr=1.0) for _ in range(20)]
+    assert losses[-1] < 0.9 * losses[0] and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_kbit_preparation_and_checkpointing_give_the_same_gradients(family, reentrant):
+    gradients = []
+    for prepare in (False, True):
+        base = BASES[family]()
+        if prepare:
+            with quiet_future_warnings():
+                base = prepare_model_for_kbit_training(
+                    base, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+                )
+        model = wrap(base, adapter_config(GROUPS[family])).train()
+        ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(3))
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    plain, prepared = gradients
+    assert plain and all(torch.allclose(plain[name], prepared[name], atol=1e-6) for name in plain)
+
+
+@contextlib.contextmanager
+def quiet_future_warnings():
+    """PEFT's own call into transformers, which transformers is about to rename."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+# --- LoRA's options ---
+
+
+def test_modules_to_save_train_save_reload_and_merge(family, tmp_path):
+    config = adapter_config(GROUPS[family], modules_to_save=["lm_head", "embed_tokens"])
+    model = wrap(BASES[family](), config)
+    reference = logits(model)
+    assert sum("modules_to_save" in name for name in trainable(model)) >= 2
+    train_step(model)
+    adapted = logits(model)
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(BASES[family](), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(logits(loaded), adapted) and not torch.equal(adapted, reference)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(BASES[family]()))
+    assert close(logits(model.merge_and_unload()), adapted)
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="the own loading of transformers 5.17 ignores modules_to_save, for LoRA too",
+)
+def test_transformers_own_loading_of_modules_to_save(family, tmp_path):
+    model = wrap(BASES[family](), adapter_config(GROUPS[family], modules_to_save=["lm_head"]))
+    train_step(model)
+    model.save_pretrained(tmp_path)
+    base = BASES[family]()
+    base.load_adapter(str(tmp_path))
+    assert torch.equal(logits(base), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Input and output embeddings are no")
+def test_a_trained_head_is_untied_in_the_plain_model():
+    model = wrap(tiny_llama(tie_word_embeddings=True), adapter_config(GROUPS["llama"], modules_to_save=["lm_head"]))
+    tied = logits(model)
+    train_step(model, lr=0.5)
+    adapted = logits(model)
+    assert not close(adapted, tied)
+    plain = model.merge_and_unload()
+    assert close(logits(plain), adapted) and plain.config.tie_word_embeddings is False
+
+
+OPTIONS = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32}},
+    "exclude": {"exclude_modules": ["down_proj", "fc2"]},
+    "layers": {"target_modules": ["q_proj", "up_proj", "fc1"], "layers_to_transform": [1]},
+    "no lora": {"target_modules": []},
+    "regex": {"target_modules": r".*layers\.1\..*q_proj"},
+    "tokens": {"trainable_token_indices": [1, 5]},
+    "lora bias": {"lora_bias": True, "target_modules": ["up_proj", "fc1"]},
+    "dropout": {"lora_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_loras_options_save_reload_and_merge(option, family, tmp_path):
+    """K and V are shared in every layer whatever LoRA's filters say: a model has one number of KV heads."""
+    if option == "lora bias" and family != "phi":
+        pytest.skip("lora_bias needs a base with biases")
+    plain_lora = wrap(BASES[family](), adapter_config(GROUPS[family]))
+    model = wrap(BASES[family](), adapter_config(GROUPS[family], **OPTIONS[option]))
+    assert len(shared_layers(model)) == 2 * LAYERS
+    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (model, plain_lora)]
+    same_effect = torch.equal(logits(model), logits(plain_lora))
+    assert option == "dropout" or shapes[0] != shapes[1] or not same_effect  # the option does something
+    train_step(model, lr=0.05)
+    adapted = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(BASES[family](), tmp_path)), adapted)
+    assert close(logits(model.merge_and_unload()), adapted)
+
+
+def test_filters_restrict_lora_only(family):
+    model = wrap(BASES[family](), adapter_config(GROUPS[family], target_modules=["q_proj"], layers_to_transform=[1]))
+    lora = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    assert lora == ["base_model.model.model.layers.1.self_attn.q_proj"]
+    assert len(shared_layers(model)) == 2 * LAYERS
+
+
+def test_rank_pattern_counts(base, family):
+    model = wrap(base, adapter_config(GROUPS[family], rank_pattern={"q_proj": 1}))
+    ranks = {name: p.shape[0] for name, p in model.named_parameters() if "lora_A" in name}
+    assert all(rank == (1 if "q_proj" in name else 4) for name, rank in ranks.items()) and ranks
+
+
+def test_sequence_classification(tmp_path):
+    config = tiny_llama(num_labels=3, pad_token_id=0).config
+    torch.manual_seed(0)
+    model = wrap(LlamaForSequenceClassification(config).eval(), adapter_config(GROUPS["llama"], task_type="SEQ_CLS"))
+    assert any("score.modules_to_save" in name for name in trainable(model))
+    adapted = logits(model)
+    assert close(logits(model.merge_and_unload()), adapted)
+
+
+# --- what is refused ---
+
+
+def test_tensor_parallel_models_are_refused(base, family):
+    base._tp_size = 2
+    with pytest.raises(ValueError, match="tensor-parallel.*Load it without tp_plan"):
+        get_peft_model(base, adapter_config(GROUPS[family]))
+    assert not shared_layers(base)
+
+
+UNSUPPORTED = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=60000)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(hidden_size=16, n_head=2, n_layer=1, vocab_size=64)),
+    "None": lambda: torch.nn.Sequential(torch.nn.Linear(2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_architectures_are_refused_with_the_list(name):
+    model = UNSUPPORTED[name]()
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=f"model_type='?{name}'? is not supported.*gemma, .*llama, .*stablelm"):
+        get_peft_model(model, adapter_config())
+    assert dict(model.named_modules()) == before
+
+
+def test_the_config_in_the_file_is_json_of_plain_values(wrapped, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert raw["peft_type"] == "ASYM_GQA" and raw["inference_mode"] is True
+    assert all(isinstance(head, int) for layer in raw["head_groups"] for group in layer for head in group)
