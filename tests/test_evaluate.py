@@ -89,8 +89,10 @@ def test_cache_bytes_equal_what_a_cache_holds():
 
     assert kv_cache_bytes_per_token(model, torch.float32) == held(model)
     with model.disable_adapter():
-        assert kv_cache_bytes_per_token(model, torch.float32) == held(model) == 2 * kv_cache_bytes_per_token(
-            model, torch.float16
+        assert (
+            kv_cache_bytes_per_token(model, torch.float32)
+            == held(model)
+            == 2 * kv_cache_bytes_per_token(model, torch.float16)
         )
     assert held(model) * 2 == kv_cache_bytes_per_token(tiny_llama().config, torch.float32)
     plain = model.merge_and_unload()

@@ -1,0 +1,201 @@
+"""Tiny random models of every supported family, and adapters on them with unequal groups and no parameter at rest."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from asymgqa_peft import AsymGQAConfig
+
+VOCAB = 101
+HEADS = 8
+MHA_GROUPS = [[[6, 1, 3, 0, 7], [5, 2], [4]], [[2], [7, 0, 5, 3, 6], [1, 4]]]
+GQA_GROUPS = [[[3, 1], [0], [2]], [[1], [2], [3, 0]]]  # of the base's 4 KV heads
+EQUAL_GROUPS = [[[6, 1], [3, 0], [5, 2], [7, 4]], [[2, 7], [0, 5], [3, 4], [1, 6]]]
+SINGLE_GROUPS = [[[3], [1], [0], [2], [7], [5], [6], [4]], [[k] for k in range(8)]]
+SHIFTED_THETA = {"rope_type": "default", "rope_theta": 500.0}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: a stock configuration and groups of its KV heads, different in each of its two layers."""
+
+    model_type: str
+    overrides: dict = field(default_factory=dict)
+    kv_heads: int = HEADS
+    groups: list = field(default_factory=lambda: MHA_GROUPS)
+    plain_class: str | None = None  # of the merged model; None: the base's
+    plain_heads: tuple[int, int] | None = None  # its query and KV heads; None: slots of the largest group, groups
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return len(self.groups[0])
+
+    @property
+    def slots(self) -> int:
+        """Query slots of the adapter: every group gets as many as the largest needs."""
+        return self.num_groups * max(len(g) for layer in self.groups for g in layer) * (HEADS // self.kv_heads)
+
+    @property
+    def plain_counts(self) -> tuple[int, int]:
+        """num_attention_heads and num_key_value_heads of the merged model."""
+        return self.plain_heads or (self.slots, self.num_groups)
+
+
+def _gqa(model_type: str, overrides: dict | None = None, **expected) -> Case:
+    return Case(model_type, overrides or {}, 4, GQA_GROUPS, **expected)
+
+
+BIAS = {"attention_bias": True}
+SQUARE = {"hidden_size": 64, "head_dim": None}
+GEMMA = {"head_dim": 12}
+SLIDING = ["sliding_attention", "full_attention"]
+QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+GEMMA2 = {"sliding_window": 6, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 20.0, **BIAS, **GEMMA}
+GEMMA3 = {"sliding_window": 6, "layer_types": SLIDING, "query_pre_attn_scalar": 12, **BIAS, **GEMMA}
+PHI = {"partial_rotary_factor": 0.5}
+STABLELM = {"use_qkv_bias": True, "partial_rotary_factor": 0.5, **SQUARE}
+OLMO2 = {"rms_norm_eps": 0.3, **BIAS}  # so large that a norm over padded slots with the wrong epsilon would show
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 64, "enable_bias": True, **SQUARE}
+NEOX = {"rotary_pct": 0.5, "rotary_emb_base": 500.0, "attention_bias": True, **SQUARE}
+TWO_TO_ONE = [[[6, 1, 3, 0], [5, 2], [4, 7]], [[2, 1], [7, 0, 5, 3], [6, 4]]]
+
+CASES: dict[str, Case] = {
+    "llama": Case("llama", {"rope_parameters": LLAMA3_ROPE}, plain_class="MistralForCausalLM"),
+    "llama-gqa": _gqa("llama", {"rope_parameters": SHIFTED_THETA}, plain_class="MistralForCausalLM"),
+    "llama-bias": Case("llama", {**BIAS, "mlp_bias": True}, plain_heads=(24, 3)),  # the least p >= 5 with 3 p | 96
+    "llama-equal": Case("llama", {"tie_word_embeddings": True}, groups=EQUAL_GROUPS),
+    "mistral": Case("mistral", {"sliding_window": 6}),
+    "mistral-gqa": _gqa("mistral", {"sliding_window": 6}),
+    "qwen2": Case("qwen2", QWEN_WINDOW),
+    "qwen2-gqa": _gqa("qwen2", QWEN_WINDOW),
+    "qwen3": Case("qwen3", BIAS),
+    "qwen3-gqa": _gqa("qwen3", BIAS),
+    "gemma": Case("gemma", {**BIAS, **GEMMA}),
+    "gemma-gqa": _gqa("gemma", {**BIAS, **GEMMA}),
+    "gemma2": Case("gemma2", GEMMA2, plain_heads=(24, 3)),
+    "gemma2-gqa": _gqa("gemma2", GEMMA2),
+    "gemma3": Case("gemma3_text", GEMMA3, plain_heads=(24, 3)),
+    "gemma3-gqa": _gqa("gemma3_text", GEMMA3),
+    "phi": Case("phi", PHI),
+    "phi-gqa": _gqa("phi", PHI),
+    "stablelm": Case("stablelm", STABLELM, groups=TWO_TO_ONE, plain_heads=(8, 4)),  # sizes 4, 2, 2: gcd 2
+    "stablelm-odd": Case("stablelm", STABLELM, plain_heads=(8, 8)),
+    "stablelm-gqa": _gqa("stablelm", STABLELM, plain_heads=(8, 4)),
+    "stablelm-equal": Case("stablelm", STABLELM, groups=EQUAL_GROUPS),
+    "olmo": Case("olmo", BIAS),
+    "olmo-gqa": _gqa("olmo", BIAS),
+    "olmo-clipped": Case("olmo", {"clip_qkv": 0.7}),
+    "olmo2": Case("olmo2", OLMO2),
+    "olmo2-gqa": _gqa("olmo2", OLMO2),
+    "olmo2-equal": Case("olmo2", OLMO2, groups=EQUAL_GROUPS),
+    "olmo2-single": Case("olmo2", OLMO2, groups=SINGLE_GROUPS),  # G = K, listed out of order
+    "phi3": Case("phi3", {"sliding_window": 6}),
+    "phi3-gqa": _gqa("phi3", {"partial_rotary_factor": 0.5}),
+    "phi3-equal": Case("phi3", groups=EQUAL_GROUPS),
+    "opt": Case("opt", OPT, plain_heads=(8, 8)),
+    "gpt_neox": Case("gpt_neox", NEOX, plain_heads=(8, 8)),
+}
+
+
+def config_of(case: Case):
+    """The stock configuration of a case: 2 layers, 8 heads, head_dim not hidden_size / heads where that is allowed."""
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 96,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": case.kv_heads,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        **case.overrides,
+    }
+    return AutoConfig.for_model(case.model_type, **{name: v for name, v in values.items() if v is not None})
+
+
+def random_model(config, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
+    """A stock model whose every parameter is random and large enough to matter."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    generator = torch.Generator().manual_seed(seed)
+    # Tied embeddings stay small: with large ones a model repeats its input whatever its attention does.
+    large = [] if config.tie_word_embeddings else [model.get_input_embeddings().weight]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() < 2:
+                parameter.add_(0.2 * noise)
+            else:
+                scale = 1 if any(parameter is other for other in large) else parameter.shape[1] ** -0.5
+                parameter.copy_(scale * noise)
+    model.generation_config.eos_token_id = None  # generation tests want a fixed length
+    return model
+
+
+def wrap(base: PreTrainedModel, groups, seed: int = 1, **options) -> PeftModel:
+    """An adapter on `base` (changed in place), every parameter of it random: no gain, mix, bias or LoRA at rest."""
+    fields = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8} | options
+    config = AsymGQAConfig(num_key_value_heads=len(groups[0]), head_groups=groups, **fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # LoRA starts from the global generator
+        model = get_peft_model(base, config).eval()
+    perturb(model, seed)
+    return model
+
+
+def perturb(model: PeftModel, seed: int = 1) -> None:
+    """Move every trainable parameter of the active adapter by noise of its own size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                scale = parameter.std().item() if parameter.numel() > 1 and parameter.std() > 0 else 0.2
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                parameter.add_((max(scale, 0.05) * noise).to(parameter.dtype))
+
+
+@cache
+def stock(name: str) -> PreTrainedModel:
+    """The untouched base of a case. Shared: do not change it."""
+    return random_model(config_of(CASES[name]))
+
+
+@cache
+def _adapted(name: str) -> PeftModel:
+    return wrap(copy.deepcopy(stock(name)), CASES[name].groups)
+
+
+def adapted(name: str) -> PeftModel:
+    """A fresh copy of a case's base with its random adapter."""
+    return copy.deepcopy(_adapted(name))
+
+
+def prompt(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
+    """Random token ids (B, T), none of them the padding id 0."""
+    return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(padding: int = 3, **kwargs) -> dict[str, torch.Tensor]:
+    """Inputs whose first row starts with `padding` padding tokens."""
+    input_ids = prompt(**kwargs)
+    mask = torch.ones_like(input_ids)
+    input_ids[0, :padding], mask[0, :padding] = 0, 0
+    return {"input_ids": input_ids, "attention_mask": mask}

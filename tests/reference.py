@@ -1,0 +1,158 @@
+"""An independent dense float64 model of what an adapter must compute.
+
+It knows nothing of slots, hooks, tuner layers or export: it takes the stock model and the adapter's state dict, merges
+LoRA by hand, copies each shared K/V head back to every base head of its group, and folds the query gains and mixes
+into q_proj and the value mixes into o_proj, head by head. What comes out is the base's own class with K heads.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+FUSED = {"phi3": "qkv_proj", "gpt_neox": "query_key_value"}
+OUTPUT = {"phi": "dense", "gpt_neox": "dense", "opt": "out_proj"}
+
+
+class GroupedKeyNorm(nn.Module):
+    """OLMo-2's k_norm under shared keys: the mean square is over the G shared heads, not over their K copies."""
+
+    def __init__(self, weight: torch.Tensor, group_of: list[int], head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.group_of, self.head_dim, self.eps = weight, group_of, head_dim, eps
+
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        heads = keys.unflatten(-1, (-1, self.head_dim))
+        shared = torch.stack([heads[..., self.group_of.index(g), :] for g in range(max(self.group_of) + 1)], dim=-2)
+        shared = shared.flatten(-2)
+        shared = shared * (shared.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
+        shared = shared.unflatten(-1, (-1, self.head_dim))
+        return torch.stack([shared[..., g, :] for g in self.group_of], dim=-2).flatten(-2)
+
+
+@torch.no_grad()
+def dense_reference(base: nn.Module, adapter: nn.Module, groups, scaling: float = 2.0, name: str = "default"):
+    """The stock class in float64 with eager attention that computes what `adapter` on `base` must compute."""
+    model = copy.deepcopy(base).double().eval()
+    model.set_attn_implementation("eager")
+    prefix = "base_model.model."
+    state = {key.removeprefix(prefix): value.detach().double() for key, value in adapter.state_dict().items()}
+    _merge_lora(model, state, scaling, name)
+    attentions = [m for m in model.named_modules() if m[0].endswith((".self_attn", ".attention"))]
+    for (path, attention), partition in zip(attentions, groups, strict=True):
+        here = {key.removeprefix(path + "."): value for key, value in state.items() if key.startswith(path + ".")}
+        _expand(attention, model.config, here, partition, name)
+    return model
+
+
+def _merge_lora(model: nn.Module, state: dict, scaling: float, name: str) -> None:
+    merged = 0
+    for path, module in model.named_modules():
+        down, up = (state.get(f"{path}.{part}.{name}.weight") for part in ("lora_A", "lora_B"))
+        if down is not None:
+            module.weight += scaling * up @ down
+            merged += 1
+    assert merged, "the adapter has no LoRA"
+
+
+def _expand(attention: nn.Module, config, state: dict, partition, name: str) -> None:
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", heads)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    group_of = [next(g for g, group in enumerate(partition) if k in group) for k in range(kv_heads)]
+    fused = FUSED.get(config.model_type)
+    shared_key, shared_value = _shared(state, fused, len(partition), dim, name)
+    rows = _rows(getattr(attention, fused or "q_proj"), dim)
+    query = [rows[3 * h if config.model_type == "gpt_neox" else h] for h in range(heads)]
+    query = [_query_matrix(state, h, dim, name) @ query[h] for h in range(heads)]
+    key, value = [shared_key[g] for g in group_of], [shared_value[g] for g in group_of]
+    if config.model_type == "gpt_neox":
+        _write(attention.query_key_value, [row for qkv in zip(query, key, value, strict=True) for row in qkv])
+    elif fused:
+        _write(attention.qkv_proj, query + key + value)
+    else:
+        for projection, matrices in (("q_proj", query), ("k_proj", key), ("v_proj", value)):
+            _write(getattr(attention, projection), matrices)
+    output = getattr(attention, OUTPUT.get(config.model_type, "o_proj"))
+    if (mix := _one(state, f"lora_value_mix.{name}.weight")) is not None:
+        for h in range(heads):
+            columns = slice(h * dim, (h + 1) * dim)
+            output.weight[:, columns] = output.weight[:, columns] @ (torch.eye(dim).double() + mix[h])
+    if (weight := _one(state, f"lora_norm.{name}.weight")) is not None:
+        attention.k_norm = GroupedKeyNorm(weight, group_of, dim, attention.k_norm.variance_epsilon)
+
+
+def _one(state: dict, ending: str) -> torch.Tensor | None:
+    found = [value for key, value in state.items() if key.endswith(ending)]
+    assert len(found) <= 1, ending
+    return found[0] if found else None
+
+
+def _rows(linear: nn.Linear, dim: int) -> torch.Tensor:
+    """Weight and bias as one matrix, the bias its last column, cut into blocks of `dim` rows."""
+    bias = torch.zeros(linear.out_features).double() if linear.bias is None else linear.bias
+    return torch.cat([linear.weight, bias[:, None]], dim=1).reshape(-1, dim, linear.in_features + 1)
+
+
+def _write(linear: nn.Linear, blocks: list[torch.Tensor]) -> None:
+    rows = torch.cat(blocks)
+    linear.weight.copy_(rows[:, :-1])
+    if linear.bias is not None:
+        linear.bias.copy_(rows[:, -1])
+
+
+def _shared(state: dict, fused: str | None, groups: int, dim: int, name: str) -> list[torch.Tensor]:
+    """Shared keys and values, each (G, D, E + 1)."""
+    shared = []
+    for projection in [fused] if fused else ["k_proj", "v_proj"]:
+        weight = state[f"{projection}.lora_kv.{name}.weight"]
+        bias = state.get(f"{projection}.lora_kv.{name}.bias", torch.zeros(weight.shape[0]).double())
+        shared.append(torch.cat([weight, bias[:, None]], dim=1))
+    return list(torch.cat(shared).reshape(2, groups, dim, -1))
+
+
+def _query_matrix(state: dict, head: int, dim: int, name: str) -> torch.Tensor:
+    """D x D: what one query head's gain (a 2 x 2 rotation and scale per rotary pair) and mix do to its query."""
+    matrix = torch.eye(dim).double()
+    gain = _one(state, f"lora_query_gain.{name}.weight")
+    rotary = 0 if gain is None else 2 * gain.shape[1]
+    for pair in range(rotary // 2):
+        a, b = 1 + gain[head, pair, 0], gain[head, pair, 1]
+        first, second = pair, pair + rotary // 2
+        matrix[first, first], matrix[first, second] = a, -b
+        matrix[second, first], matrix[second, second] = b, a
+    if (mix := _one(state, f"lora_query_mix.{name}.weight")) is not None:
+        matrix[dim - mix.shape[1] :, dim - mix.shape[1] :] += mix[head]
+    return matrix
+
+
+@torch.no_grad()
+def rows_alone(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Logits (T_row, V) of each row run by itself, without its padding: what any padded batch must reproduce."""
+    masks = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    return [model(ids[mask][None]).logits[0] for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
+
+
+@torch.no_grad()
+def relative_error(model: nn.Module, inputs: dict[str, torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Largest logit difference at real tokens, relative to the largest expected logit."""
+    logits = model(**inputs).logits.double()
+    masks = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    worst = max((row[m] - e).abs().max() for row, m, e in zip(logits, masks, expected, strict=True))
+    return (worst / max(e.abs().max() for e in expected)).item()
+
+
+@torch.no_grad()
+def greedy_alone(model: nn.Module, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
+    """Greedy continuation (B, tokens) of each row by itself: the plainest loop, no cache, no `generate`."""
+    masks = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    continuations = []
+    for ids, mask in zip(inputs["input_ids"], masks, strict=True):
+        sequence = ids[mask][None]
+        for _ in range(tokens):
+            logits = model(sequence, use_cache=False).logits[:, -1]
+            sequence = torch.cat([sequence, logits.argmax(-1, keepdim=True)], dim=1)
+        continuations.append(sequence[0, -tokens:])
+    return torch.stack(continuations)

@@ -1,0 +1,181 @@
+"""On a CUDA device: flash, sdpa and flex kernels, bf16 and fp32, compiled and generated. Run with -m gpu."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from models import CASES, config_of, left_padded, prompt, random_model, wrap
+from reference import dense_reference, greedy_alone, relative_error, rows_alone
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.utils import is_flash_attn_2_available
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICE = "cuda"
+NAMES = ["llama", "mistral", "qwen2-gqa", "phi3", "olmo2"]
+FP32 = {"eager": 2e-5, "sdpa": 2e-5, "flex_attention": 2e-4}  # of the largest logit; flex may round products to TF32
+
+
+def case_of(name: str):
+    """A case of the table with heads that the kernels take (D = 64)."""
+    return replace(CASES[name], overrides=CASES[name].overrides | {"head_dim": 64, "hidden_size": 192})
+
+
+@cache
+def base_of(name: str):
+    return random_model(config_of(case_of(name)))
+
+
+def adapter_on(base, name: str, attention: str):
+    model = wrap(copy.deepcopy(base), CASES[name].groups).to(DEVICE)
+    model.set_attn_implementation(attention)
+    return model
+
+
+@cache
+def reference(name: str):
+    base = base_of(name)
+    return dense_reference(base, wrap(copy.deepcopy(base), CASES[name].groups), CASES[name].groups)
+
+
+@cache
+def expected_tokens(name: str) -> torch.Tensor:
+    return greedy_alone(reference(name), left_padded(batch=4, length=40), tokens=12)
+
+
+def on_device(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.to(DEVICE) for key, value in inputs.items()}
+
+
+def error_on_device(model, inputs, expected) -> float:
+    return relative_error(model, on_device(inputs), [row.to(DEVICE) for row in expected])
+
+
+@pytest.mark.parametrize("attention", FP32)
+@pytest.mark.parametrize("name", NAMES)
+def test_fp32_logits_equal_the_float64_reference(name: str, attention: str):
+    inputs = left_padded(batch=4, length=40)
+    expected = rows_alone(reference(name), inputs)
+    assert error_on_device(copy.deepcopy(base_of(name)).to(DEVICE), inputs, expected) > 0.1
+    model = adapter_on(base_of(name), name, attention)
+    assert error_on_device(model, inputs, expected) < FP32[attention]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_generation_equals_the_reference(name: str, options: dict):
+    """A static cache also compiles the decoding step here."""
+    inputs = left_padded(batch=4, length=40)
+    model = adapter_on(base_of(name), name, "sdpa")
+    tokens = model.generate(**on_device(inputs), max_new_tokens=12, do_sample=False, **options)
+    assert torch.equal(tokens[:, -12:].cpu(), expected_tokens(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_beam_search_and_sampling_equal_the_merged_model(name: str):
+    model = adapter_on(base_of(name), name, "sdpa")
+    plain = copy.deepcopy(model).merge_and_unload()
+    ids = prompt(batch=4, length=40).to(DEVICE)
+    for options in ({"num_beams": 4, "do_sample": False}, {"do_sample": True, "top_k": 50}):
+        drawn = []
+        for it in (model, plain):
+            torch.manual_seed(0)
+            drawn.append(it.generate(input_ids=ids, max_new_tokens=12, **options))
+        assert torch.equal(*drawn)
+
+
+KERNELS = {
+    "flash kernel of sdpa": ("sdpa", lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)),
+    "sdpa": ("sdpa", contextlib.nullcontext),
+    "flex_attention": ("flex_attention", contextlib.nullcontext),
+    "flash_attention_2": ("flash_attention_2", contextlib.nullcontext),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["llama", "qwen2-gqa", "olmo2"])
+@torch.no_grad()
+def test_bf16_is_as_close_to_the_truth_as_the_merged_model(name: str, kernel: str):
+    attention, using = KERNELS[kernel]
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed")
+    case = case_of(name)
+    window_off = {"use_sliding_window": False} if "use_sliding_window" in case.overrides else {}  # a mask: no flash
+    base = random_model(config_of(replace(case, overrides=case.overrides | window_off))).bfloat16()
+    model = adapter_on(base, name, attention)
+    ids = prompt(batch=8, length=64)
+    truth = rows_alone(dense_reference(base, copy.deepcopy(model).cpu(), case.groups), {"input_ids": ids})
+    truth = torch.stack(truth).to(DEVICE)
+
+    def error(it) -> float:
+        with using():
+            logits = it(ids.to(DEVICE)).logits
+        assert logits.dtype == torch.bfloat16
+        return (logits.double() - truth).square().mean().sqrt().item()
+
+    adapter = error(model)
+    plain = model.merge_and_unload()
+    plain.set_attn_implementation(attention)
+    assert 0 < adapter < 1.5 * error(plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+@torch.no_grad()
+def test_compiled_logits_with_and_without_the_adapter(name: str):
+    torch._dynamo.reset()
+    model = adapter_on(base_of(name), name, "sdpa")
+    base = copy.deepcopy(base_of(name)).to(DEVICE)
+    compiled = torch.compile(model, fullgraph=True)
+    inputs = {"input_ids": prompt(batch=4, length=40)}
+    assert error_on_device(compiled, inputs, rows_alone(reference(name), inputs)) < 2e-5
+    with model.disable_adapter():
+        expected = [row.double() for row in base(**on_device(inputs)).logits]
+        assert error_on_device(compiled, inputs, expected) < 2e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+@torch.no_grad()
+def test_disabling_is_bitwise_the_base(attention: str):
+    model = adapter_on(base_of("llama"), "llama", attention)
+    base = copy.deepcopy(base_of("llama")).to(DEVICE)
+    base.set_attn_implementation(attention)
+    inputs = on_device(left_padded(batch=4, length=40))
+    before = model(**inputs).logits
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, base(**inputs).logits)
+    assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_a_bf16_training_step_with_checkpointing_moves_everything(attention: str):
+    model = adapter_on(copy.deepcopy(base_of("llama")).bfloat16(), "llama", attention).train()
+    model.enable_input_require_grads()
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    ids = prompt(batch=4, length=40).to(DEVICE)
+    model(input_ids=ids, labels=ids).loss.backward()
+    torch.optim.AdamW(trained.values(), lr=1e-4).step()
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    assert [name for name, p in trained.items() if torch.equal(p, before[name])] == []
+
+
+@torch.no_grad()
+def test_the_cache_takes_the_memory_of_the_shared_heads():
+    model = adapter_on(base_of("llama"), "llama", "sdpa")
+    ids = prompt(batch=4, length=40).to(DEVICE)
+
+    def cache_bytes() -> int:
+        layers = model(ids, use_cache=True).past_key_values.layers
+        return sum(t.untyped_storage().nbytes() for layer in layers for t in (layer.keys, layer.values))
+
+    shared = cache_bytes()
+    with model.disable_adapter():
+        assert shared * 8 == cache_bytes() * 3
