@@ -36,6 +36,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train = shuffled(token_blocks(training_texts(), tokenizer, args.block_size), args.seed)
     held_out = token_blocks(held_out_texts(), tokenizer, args.block_size)
+    held_out = held_out[:: -(-len(held_out) // args.held_out_blocks)]
     args.output.mkdir(parents=True, exist_ok=True)
     held_out_file = args.output / "held_out.safetensors"
     save_file({"blocks": held_out}, held_out_file)
@@ -55,7 +56,7 @@ def main() -> None:
         rows.append(row(arm, serve(folder, held_out_file), before))
 
     print()
-    print_report(rows, seed=args.seed, recovery_tokens=args.steps * args.batch_size * args.block_size)
+    print_report(rows, seed=args.seed, recovery_tokens=args.steps * args.batch_size * args.train_length)
     print(f"The plain checkpoint lies in {folder}")
 
 
@@ -76,6 +77,7 @@ def wrap(arm: str, args: argparse.Namespace) -> torch.nn.Module:
 
 def recover(model, tokenizer, blocks: torch.Tensor, arm: str, args: argparse.Namespace) -> None:
     """The same few steps for both arms; ours learns from its own base, classic GQA from the text."""
+    sequences = blocks.reshape(-1, args.train_length)[: args.steps * args.batch_size]
     trainer = AsymGQATrainer(
         model=model,
         args=SFTConfig(
@@ -85,7 +87,7 @@ def recover(model, tokenizer, blocks: torch.Tensor, arm: str, args: argparse.Nam
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=args.steps // 20,
-            max_length=args.block_size,
+            max_length=args.train_length,
             gradient_checkpointing=False,
             logging_steps=max(1, args.steps // 10),
             save_strategy="no",
@@ -94,7 +96,7 @@ def recover(model, tokenizer, blocks: torch.Tensor, arm: str, args: argparse.Nam
             use_cpu=not torch.cuda.is_available(),
             seed=args.seed,
         ),
-        train_dataset=Dataset.from_dict({"input_ids": blocks[: args.steps * args.batch_size].tolist()}),
+        train_dataset=Dataset.from_dict({"input_ids": sequences.tolist()}),
         processing_class=tokenizer,
         distillation_weight=1.0 if arm == OURS else 0.0,
     )
@@ -144,10 +146,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="folder of an MHA checkpoint")
     parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="folder for everything written")
     parser.add_argument("--kv-heads", type=int, help="G, shared K/V heads; default: a quarter of the base's")
-    parser.add_argument("--steps", type=int, default=60, help="recovery steps per arm")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step")
-    parser.add_argument("--block-size", type=int, default=512, help="tokens per sequence")
-    parser.add_argument("--calibration-blocks", type=int, default=64, help="sequences read by the initialisation")
+    parser.add_argument("--steps", type=int, default=32, help="recovery steps per arm")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences per step")
+    parser.add_argument("--train-length", type=int, default=256, help="tokens per sequence of the recovery")
+    parser.add_argument("--block-size", type=int, default=512, help="tokens per sequence of calibration and measuring")
+    parser.add_argument("--held-out-blocks", type=int, default=96, help="held-out sequences measured, evenly spread")
+    parser.add_argument("--calibration-blocks", type=int, default=128, help="sequences read by the initialisation")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="LoRA's; K/V take half of it")
     parser.add_argument("--seed", type=int, default=0, help="seed of data order, groups and LoRA")
     return parser.parse_args()

@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     args = parse_args(arguments)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
-    blocks = token_blocks(read(args.calibration) or training_texts(), tokenizer, args.block_size)
-    held_out = token_blocks(read(args.held_out) or held_out_texts(), tokenizer, args.block_size)[
+    blocks = token_blocks(read(args.calibration) or training_texts(args.stdlib), tokenizer, args.block_size)
+    held_out = token_blocks(read(args.held_out) or held_out_texts(args.stdlib), tokenizer, args.block_size)[
         : args.held_out_blocks
     ]
     held_out = held_out.split(args.batch_size)
@@ -120,14 +120,15 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="folder of an MHA model")
     parser.add_argument("--calibration", type=Path, help="text to calibrate on (default: the standard library)")
     parser.add_argument("--held-out", type=Path, help="text to measure on (default: its held-out modules)")
+    parser.add_argument("--stdlib", type=Path, help="folder of another Python's standard library to read")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8], help="base KV heads per shared head")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration seeds")
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"default: all of {', '.join(ARMS)}")
-    parser.add_argument("--blocks", type=int, default=64, help="calibration blocks")
+    parser.add_argument("--blocks", type=int, default=128, help="calibration blocks")
     parser.add_argument("--block-size", type=int, default=512, help="tokens per block")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=32, help="LoRA rank, which bounds the refit")
+    parser.add_argument("--rank", type=int, default=64, help="LoRA rank, which bounds the refit")
     parser.add_argument("--held-out-blocks", type=int, help="measure on the first of them only")
     return parser.parse_args(arguments)
 
