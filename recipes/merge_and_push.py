@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from folders import replacing
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -29,8 +28,8 @@ from asymgqa_peft.hub import check_push_target, name_base, published_base, push_
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def main() -> None:
-    args = parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
     card = card_arguments(args)
     with replacing(args.output, args.overwrite) as folder:
         if args.push:
@@ -83,30 +82,6 @@ def push(args: argparse.Namespace) -> str:
         raise SystemExit(f"{error}\nThe result lies in {args.output}. To push it again:\n    {again}") from error
 
 
-@contextmanager
-def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty folder beside `folder`, which takes its place at the end, whole or not at all."""
-    if folder.exists():
-        if not overwrite:
-            raise SystemExit(f"--output {folder} exists: --overwrite replaces it.")
-        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise SystemExit(f"--output {folder} holds no model: it is not replaced, choose another folder.")
-    beside = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    except OSError as error:
-        raise SystemExit(f"--output {folder} cannot be written: {error}") from error
-    try:
-        yield beside
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    beside.rename(folder)
-
-
 def load_adapter_config(adapter: str) -> AsymGQAConfig:
     """The adapter's configuration, before any weights are read."""
     config = PeftConfig.from_pretrained(adapter)
@@ -150,7 +125,7 @@ def card_arguments(args: argparse.Namespace) -> dict:
     }
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", help="folder or repository of an asymgqa_peft adapter")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
@@ -169,7 +144,7 @@ def parse_args() -> argparse.Namespace:
     card.add_argument("--evaluation", type=Path, help='JSON: rows such as {"model": "base", "perplexity": 9.1}')
     card.add_argument("--calibration-data", help="what the initialisation read, in words")
     card.add_argument("--recovery-data", help="what the adapter was trained on, in words")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         parser.error(f"--dtype {args.dtype}: not a dtype of torch, e.g. bfloat16.")
     return args

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from folders import replacing
 from peft import get_peft_model
 from reporting import print_report
 from safetensors.torch import save_file
 from stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig
 
 from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, initialize_asymgqa_weights
@@ -40,7 +40,7 @@ def main() -> None:
     calibration = token_blocks(validation_texts(), tokenizer, args.block_size)
     calibration = shuffled(calibration, args.seed)[: args.calibration_blocks]
     held_out = token_blocks(held_out_texts(), tokenizer, args.block_size)
-    held_out = held_out[:: -(-len(held_out) // args.held_out_blocks)]
+    held_out = held_out[:: -(-len(held_out) // args.held_out_blocks)].contiguous()
     args.output.mkdir(parents=True, exist_ok=True)
     held_out_file = args.output / "held_out.safetensors"
     save_file({"blocks": held_out}, held_out_file)
@@ -55,7 +55,9 @@ def main() -> None:
         before = perplexity(model, held_out.split(8))
         recover(model, tokenizer, train, arm, args)
         folder = args.output / ("plain" if arm == OURS else "classic")
-        save_plain(model, tokenizer, folder)
+        with replacing(folder, overwrite=True) as beside:
+            model.merge_and_unload().save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
         rows.append(row(arm, serve(folder, held_out_file), before))
 
     print()
@@ -106,18 +108,6 @@ def recover(model, tokenizer, blocks: torch.Tensor, arm: str, args: argparse.Nam
     trainer.train()
 
 
-def save_plain(model, tokenizer, folder: Path) -> PreTrainedModel:
-    """Merge and save beside, then rename: an earlier result is replaced whole or not at all."""
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    plain = model.merge_and_unload()
-    plain.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
-    return plain
-
-
 def serve(model: Path | str, held_out_file: Path) -> dict:
     """Measure a plain checkpoint in a process that never imports this package."""
     command = [sys.executable, str(RECIPES / "serve_plain.py"), str(model), "--blocks", str(held_out_file)]
@@ -153,8 +143,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="sequences per step")
     parser.add_argument("--train-length", type=int, default=256, help="tokens per sequence of the recovery")
     parser.add_argument("--block-size", type=int, default=512, help="tokens per sequence of calibration and measuring")
-    parser.add_argument("--held-out-blocks", type=int, default=96, help="held-out sequences measured, evenly spread")
-    parser.add_argument("--calibration-blocks", type=int, default=128, help="sequences read by the initialisation")
+    parser.add_argument("--held-out-blocks", type=int, default=72, help="held-out sequences measured, evenly spread")
+    parser.add_argument("--calibration-blocks", type=int, default=96, help="sequences read by the initialisation")
     parser.add_argument("--seed", type=int, default=0, help="seed of data order, groups and LoRA")
     return parser.parse_args()
 

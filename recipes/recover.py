@@ -10,22 +10,23 @@ The result lies in `output_dir`: `adapter/`, `plain/` (merged), `initialization.
 
 from __future__ import annotations
 
-import os
-import tempfile
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import merge_and_push
 import torch
 from datasets import Dataset, load_dataset
-from peft import AutoPeftModelForCausalLM, get_peft_model, prepare_model_for_kbit_training
+from folders import check_writable
+from peft import get_peft_model, prepare_model_for_kbit_training
 from reporting import print_report
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from trl import SFTConfig, TrlParser
 
 from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
-from asymgqa_peft.hub import Conversion, check_push_target, push_adapter_to_hub, push_merged_to_hub
+from asymgqa_peft.hub import check_push_target, push_adapter_to_hub
 
 
 @dataclass
@@ -101,37 +102,30 @@ def main(arguments: list[str] | None = None) -> None:
     recovered_perplexity = perplexity(model, held_out)
     if not trainer.is_world_process_zero():
         return
-    report.save(output / "initialization.json")
     numbers = {"base": base_perplexity, "initialised": initial_perplexity, "recovered": recovered_perplexity}
     rows = [{"model": name, "held-out perplexity": value} for name, value in numbers.items()]
     for row in rows:
         shrunk = row["model"] != "base"
         row["KV bytes/token"] = kv_cache_bytes_per_token(model if shrunk else model.config, torch.bfloat16)
-    card = {"report": report, "evaluation": rows, "calibration_data": args.dataset, "recovery_data": args.dataset}
+    report.save(output / "initialization.json")
+    (output / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
     if args.hub_adapter_id:
-        push_adapter_to_hub(model, tokenizer, args.hub_adapter_id, **card)
-    if args.save_plain or args.hub_merged_id:
-        conversion = Conversion.of(model)  # facts for the card, which merging loses
-        plain = merge(model, output / "adapter", args)
-        save_whole(plain, tokenizer, output / "plain")
-        if args.hub_merged_id:
-            push_merged_to_hub(plain, tokenizer, args.hub_merged_id, conversion=conversion, **card)
+        data = {"calibration_data": args.dataset, "recovery_data": args.dataset}
+        push_adapter_to_hub(model, tokenizer, args.hub_adapter_id, report=report, evaluation=rows, **data)
     print_report(rows, device=next(model.parameters()).device, arguments=vars(args))
+    del model, trainer  # the merge loads the base afresh: a 4-bit one could not hold the new heads
+    if args.save_plain or args.hub_merged_id:
+        merge_and_push.main(merge_options(args, output))
 
 
-def check_writable(folder: str) -> Path:
-    """The folder, made if need be; a full disk or a wrong right is told now and not after hours of training."""
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as probe:
-            probe.write(os.urandom(1 << 20))
-            probe.flush()
-    except OSError as error:
-        raise ValueError(
-            f"output_dir={folder!r} cannot be written ({error}): free space or choose another."
-        ) from error
-    return path
+def merge_options(args: ConversionArguments, output: Path) -> list[str]:
+    """Command line of merge_and_push.py for what was just trained."""
+    options = [str(output / "adapter"), "--output", str(output / "plain"), "--overwrite"]
+    options += ["--report", str(output / "initialization.json"), "--evaluation", str(output / "evaluation.json")]
+    options += ["--calibration-data", args.dataset, "--recovery-data", args.dataset]
+    if args.load_in_4bit:
+        options += ["--dtype", "bfloat16"]
+    return options + (["--push", args.hub_merged_id] if args.hub_merged_id else [])
 
 
 def load_base(args: ConversionArguments, training: SFTConfig) -> torch.nn.Module:
@@ -209,25 +203,6 @@ def into_blocks(documents: Iterable[list[int]], size: int, count: int | None = N
     if len(blocks) == 0:
         raise ValueError(f"dataset holds {len(tokens)} tokens, less than one sequence of max_length={size}.")
     return blocks[:count]
-
-
-def merge(model: torch.nn.Module, adapter: Path, args: ConversionArguments) -> torch.nn.Module:
-    """Merge in place; a 4-bit base cannot hold new heads, so there the adapter is merged onto the base in bf16."""
-    if args.load_in_4bit:
-        model = AutoPeftModelForCausalLM.from_pretrained(str(adapter), dtype=torch.bfloat16)
-    return model.merge_and_unload()
-
-
-def save_whole(plain: torch.nn.Module, tokenizer, folder: Path) -> None:
-    """Save beside, then rename: the folder holds all of the checkpoint or does not exist."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        plain.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        if folder.exists():
-            folder.rename(Path(beside) / "replaced")
-        (complete := folder.with_name(folder.name + ".complete")).unlink(missing_ok=True)
-        Path(beside).rename(complete)
-        complete.rename(folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""Output folders that are whole or absent, and checked before hours of work go into them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_writable(folder: str | Path) -> Path:
+    """The folder, made if need be; a full disk or a wrong right is told now and not after the training."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(os.urandom(1 << 20))
+            probe.flush()
+    except OSError as error:
+        raise SystemExit(
+            f"{folder} cannot be written ({error}): free space there or choose another folder."
+        ) from error
+    return path
+
+
+@contextmanager
+def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """An empty folder beside `folder`, which takes its place at the end, whole or not at all."""
+    if folder.exists():
+        if not overwrite:
+            raise SystemExit(f"--output {folder} exists: --overwrite replaces it.")
+        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise SystemExit(f"--output {folder} holds no model: it is not replaced, choose another folder.")
+    beside = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise SystemExit(f"--output {folder} cannot be written: {error}") from error
+    try:
+        yield beside
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    beside.rename(folder)
