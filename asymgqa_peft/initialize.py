@@ -408,7 +408,7 @@ def _heads(site: AttentionSite, record: dict[str, Tensor]) -> list[Tensor]:
     parts = ("query", "key", "value")
     if "qkv" not in record:
         return [record[part] for part in parts]
-    return [record["qkv"][..., site.key._base_rows(part, record["qkv"].device)] for part in parts]
+    return [record["qkv"][..., site.key.base_rows(part, record["qkv"].device)] for part in parts]
 
 
 def _base(module: nn.Module) -> nn.Module:

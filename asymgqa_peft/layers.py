@@ -216,11 +216,12 @@ class SharedProjection(SharedLayer):
         """Base weight (K, D, E) and bias (K, D) or None of "query", "key" or "value", dequantised."""
         base = self.get_base_layer()
         weight = base_weight(base)
-        rows = self._base_rows(part, weight.device)
+        rows = self.base_rows(part, weight.device)
         bias = None if base.bias is None else base.bias.detach()[rows].unflatten(0, (-1, self.shape.head_dim))
         return weight[rows].unflatten(0, (-1, self.shape.head_dim)), bias
 
-    def _base_rows(self, part: str, device: torch.device) -> Tensor:
+    def base_rows(self, part: str, device: torch.device) -> Tensor:
+        """Rows of the base projection that make "query", "key" or "value"."""
         return torch.arange(self.get_base_layer().out_features, device=device)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -302,13 +303,14 @@ class SharedQKV(SharedProjection):
         name = self.active()
         if name is None:
             return fused
-        query = fused[..., self._base_rows("query", fused.device)].unflatten(-1, (-1, self.shape.head_dim))
+        query = fused[..., self.base_rows("query", fused.device)].unflatten(-1, (-1, self.shape.head_dim))
         heads = [self.fit_queries(name, query), *self.shared_heads(name, x)]
         if self.family.fused_layout == "heads":
             return torch.stack(heads, dim=-2).flatten(-3)
         return torch.cat(heads, dim=-2).flatten(-2)
 
-    def _base_rows(self, part: str, device: torch.device) -> Tensor:
+    def base_rows(self, part: str, device: torch.device) -> Tensor:
+        """Rows of the base projection that make "query", "key" or "value"."""
         shape, index = self.shape, ("query", "key", "value").index(part)
         if self.family.fused_layout == "heads":
             rows = torch.arange(3 * shape.num_attention_heads * shape.head_dim, device=device)

@@ -25,6 +25,7 @@ from trl import SFTConfig
 
 from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import perplexity
+from asymgqa_peft.plotting import plot_groups
 
 RECIPES = Path(__file__).parent
 CLASSIC = "classic GQA (neighbour, mean, SFT)"
@@ -52,6 +53,8 @@ def main() -> None:
         if arm == OURS:
             report = initialize_asymgqa_weights(model, calibration.split(8))
             report.save(args.output / "initialization.json")
+            picture, _ = plot_groups(report, args.output / "groups")
+            print(f"The groups of every layer are drawn in {picture}")
         before = perplexity(model, held_out.split(8))
         recover(model, tokenizer, train, arm, args)
         folder = args.output / ("plain" if arm == OURS else "classic")
