@@ -5,6 +5,8 @@ r"""Quality of every initialisation before any training: held-out perplexity by 
         --device cuda
 
 A calibration seed draws which blocks of the calibration text are read. The arm "random" also draws its groups by it.
+Calibration reads text that the model was not trained on (the bundled one's validation modules): activations on text it
+knows by heart mislead the merge.
 Prints a table, mean and largest deviation over seeds, and one JSON line with every run.
 """
 
@@ -27,7 +29,7 @@ from asymgqa_peft.evaluate import perplexity
 RECIPES = Path(__file__).resolve().parents[1]
 sys.path.append(str(RECIPES))
 from reporting import print_report  # noqa: E402
-from stdlib_text import held_out_texts, token_blocks, training_texts  # noqa: E402
+from stdlib_text import held_out_texts, token_blocks, validation_texts  # noqa: E402
 
 
 def arm(grouping: str, merge: str, refit: bool = False, criterion: str = "residual") -> dict:
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     args = parse_args(arguments)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
-    blocks = token_blocks(read(args.calibration) or training_texts(args.stdlib), tokenizer, args.block_size)
+    blocks = token_blocks(read(args.calibration) or validation_texts(args.stdlib), tokenizer, args.block_size)
     held_out = token_blocks(read(args.held_out) or held_out_texts(args.stdlib), tokenizer, args.block_size)[
         : args.held_out_blocks
     ]
@@ -118,8 +120,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="folder of an MHA model")
-    parser.add_argument("--calibration", type=Path, help="text to calibrate on (default: the standard library)")
-    parser.add_argument("--held-out", type=Path, help="text to measure on (default: its held-out modules)")
+    parser.add_argument("--calibration", type=Path, help="text to calibrate on (default: the validation modules)")
+    parser.add_argument("--held-out", type=Path, help="text to measure on (default: the held-out modules)")
     parser.add_argument("--stdlib", type=Path, help="folder of another Python's standard library to read")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8], help="base KV heads per shared head")
