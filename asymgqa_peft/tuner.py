@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -323,7 +322,7 @@ def register() -> None:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    if sys.version_info >= (3, 13):
+    if hasattr(PeftType, "_hashable_values_"):  # some releases of Python 3.12 and 3.13 look here
         PeftType._hashable_values_.append(name)
     type.__setattr__(PeftType, name, member)
     register_peft_method(name="asym_gqa", config_cls=AsymGQAConfig, model_cls=AsymGQAModel, prefix="lora_")
