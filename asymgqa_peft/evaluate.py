@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from transformers import DynamicCache, PretrainedConfig
 
 from .families import head_shape
 from .layers import SharedProjection
-from .sites import attention_sites
+from .sites import attention_sites, evaluating
 
 Batch = Mapping[str, Tensor] | Tensor
 
@@ -88,7 +87,7 @@ def decode_speed(
     device = next(model.parameters()).device
     prompt = torch.randint(0, model.config.vocab_size, (batch_size, context), device=device)
     speeds = []
-    with _evaluating(model):
+    with evaluating(model):
         for _ in range(repeats):
             cache = DynamicCache(config=model.config)
             token = _greedy(model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits)
@@ -117,23 +116,13 @@ def as_inputs(batch: Batch) -> dict[str, Tensor]:
     return {name: inputs[name] for name in ("input_ids", "attention_mask") if inputs.get(name) is not None}
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def _predictions(model, batches, desc: str, progress: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Logits (B, T - 1, V), targets (B, T - 1) and mask (B, T - 1) of each batch."""
     device = next(model.parameters()).device
     for batch in tqdm(batches, desc=desc, disable=not progress):
         inputs = {name: tensor.to(device) for name, tensor in as_inputs(batch).items()}
         attended = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        with _evaluating(model):
+        with evaluating(model):
             logits = model(**inputs, use_cache=False).logits
         yield logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device), attended[:, 1:] & attended[:, :-1]
 

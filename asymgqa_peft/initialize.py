@@ -27,7 +27,7 @@ from .layers import SharedQKV, mean_over_groups
 from .merge import AttentionWeights, MergedLayer, group_costs, head_similarity, merge_layer, pair_costs
 from .refit import OutputRefit
 from .search import search_partition
-from .sites import AttentionSite, attention_sites
+from .sites import AttentionSite, attention_sites, evaluating
 from .statistics import LayerMoments, LayerStatistics, recording, sum_over_ranks
 from .tuner import AsymGQAModel
 
@@ -122,7 +122,7 @@ def initialize_asymgqa_weights(
     streams = _Streams(_checked_batches(batches))
     walk = _Walk(model, tuner, adapter_name, streams)
     walk.check_tokens()
-    with _evaluating(model), _all_or_nothing(model, tuner, adapter_name):
+    with evaluating(model), _all_or_nothing(model, tuner, adapter_name):
         model.set_adapter(adapter_name)
         return walk.run(progress)
 
@@ -468,18 +468,6 @@ def _write_lora(layer: LoraLayer, adapter_name: str, factors: tuple[Tensor, Tens
 def _product(factors: tuple[Tensor, Tensor], scaling: float) -> Tensor:
     lora_a, lora_b = factors
     return scaling * lora_b @ lora_a
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, each module's own mode restored: no dropout, no gradient checkpointing."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -1,7 +1,9 @@
-"""Where the attention layers of a supported model are, and what they hold."""
+"""Where the attention layers of a supported model are, what they hold, and how to look at it undisturbed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -162,3 +164,15 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
             "pass the transformers model itself, before any other surgery."
         )
     return [AttentionSite(index, name, module, family, shape) for index, (name, module) in enumerate(found)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, each module's own mode restored: no dropout, no gradient checkpointing."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

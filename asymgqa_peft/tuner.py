@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import AsymGQAConfig
 from .export import export_plain_model, plan_export, shared_tensors
-from .families import HeadShape
+from .families import HeadShape, find_family, head_shape
 from .groups import HeadGroups, default_max_group_size
 from .layers import SharedKey, SharedKeyNorm, SharedLayer, SharedProjection, SharedQKV, SharedValue
 from .sites import AttentionSite, attention_sites
@@ -69,9 +69,10 @@ class AsymGQAModel(LoraModel):
                 lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
             )
             return
-        site = attention_sites(self.model)[self._shared_layer_index[current_key]]
-        layer = target if isinstance(target, SharedLayer) else _shared_layer(site, target_name, target)
-        layer.update_layer(adapter_name, self.head_groups(adapter_name).layers[site.layer])
+        # The groups were validated in _prepare_adapter_config; looking for all sites here would cost layers squared.
+        groups = lora_config.head_groups[self._shared_layer_index[current_key]]
+        layer = target if isinstance(target, SharedLayer) else _shared_layer(self.model, target_name, target)
+        layer.update_layer(adapter_name, tuple(map(tuple, groups)))
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         if adapter_name not in self.active_adapters:
@@ -280,15 +281,15 @@ def _check_not_sharded(model: nn.Module) -> None:
         )
 
 
-def _shared_layer(site: AttentionSite, target_name: str, base_layer: nn.Module) -> SharedLayer:
-    family = site.family
+def _shared_layer(model: nn.Module, target_name: str, base_layer: nn.Module) -> SharedLayer:
+    family = find_family(model.config)
     classes = {
         family.fused_qkv: SharedQKV,
         family.key: SharedKey,
         family.value: SharedValue,
         family.key_norm: SharedKeyNorm,
     }
-    return classes[target_name](base_layer, site.shape, family)
+    return classes[target_name](base_layer, head_shape(model.config), family)
 
 
 def _install_hooks(site: AttentionSite) -> None:
