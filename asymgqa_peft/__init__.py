@@ -13,6 +13,7 @@ from .groups import HeadGroups
 from .tuner import AsymGQAModel, register
 
 if TYPE_CHECKING:
+    from .footprint import ExportReport, export_report
     from .initialize import InitializationReport, initialize_asymgqa_weights
     from .trainer import AsymGQATrainer
 
@@ -21,14 +22,18 @@ __all__ = [
     "AsymGQAConfig",
     "AsymGQAModel",
     "AsymGQATrainer",
+    "ExportReport",
     "HeadGroups",
     "InitializationReport",
+    "export_report",
     "initialize_asymgqa_weights",
 ]
 
 _LAZY = {
     "AsymGQATrainer": "trainer",  # imports trl, which takes seconds
+    "ExportReport": "footprint",
     "InitializationReport": "initialize",
+    "export_report": "footprint",
     "initialize_asymgqa_weights": "initialize",
 }
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
 from .families import head_shape
 from .layers import SharedProjection
 from .sites import attention_sites, evaluating
 
 Batch = Mapping[str, Tensor] | Tensor
+IGNORED = -100
+"""Label of a token that is not predicted, as everywhere in transformers."""
 
 
 @torch.no_grad()
@@ -25,8 +28,8 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], progress: bool = Fals
 
     Args:
         model: a causal language model, wrapped or plain; it is evaluated in eval mode and left as it was.
-        batches: dicts with `input_ids` (B, T) and optionally `attention_mask` (B, T), or LongTensors (B, T). A
-            token is predicted if it and its predecessor are attended.
+        batches: dicts with `input_ids` (B, T) and optionally `attention_mask` (B, T) and `labels` (B, T), or
+            LongTensors (B, T). A token is predicted if it and its predecessor are attended and its label is not -100.
 
     Raises:
         ValueError: if no token is predicted.
@@ -60,6 +63,35 @@ def kl_to_reference(model: nn.Module, reference: nn.Module, batches: Iterable[Ba
         total += losses.double()[mask].sum().item()
         count += int(mask.sum())
     return total / _counted(count)
+
+
+def strided_windows(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, stride: int, batch_size: int = 1
+) -> Iterator[dict[str, Tensor]]:
+    """Batches that score every token of every document once, with `length - stride` tokens of context or more.
+
+    Windows of `length` tokens start every `stride` tokens; what an earlier window has scored is context only, with
+    label -100. A window holds one document: none sees another. Each document starts with the tokenizer's bos (or, for
+    want of one, eos) token, so that its first token is scored too.
+
+    Args:
+        documents: texts.
+        tokenizer: makes the tokens.
+        length: T, tokens in a window.
+        stride: new tokens in a window, less than `length`; fewer give more context and cost more time.
+        batch_size: B, windows in a batch, padded on the right.
+
+    Returns:
+        Dicts of `input_ids`, `attention_mask` and `labels`, each (B, T), for `perplexity` and `kl_to_reference`.
+
+    Raises:
+        ValueError: unless 0 < stride < length.
+    """
+    if not 0 < stride < length:
+        raise ValueError(f"stride={stride} must be at least 1 and less than length={length}: windows have to overlap.")
+    windows = chain.from_iterable(_windows(_token_ids(text, tokenizer), length, stride) for text in documents)
+    batches = iter(lambda: list(islice(windows, batch_size)), [])
+    return (_padded_batch(batch, tokenizer.pad_token_id or 0) for batch in batches)
 
 
 def kv_cache_bytes_per_token(config_or_model: PretrainedConfig | nn.Module, dtype: torch.dtype) -> int:
@@ -101,7 +133,7 @@ def decode_speed(
 
 
 def as_inputs(batch: Batch) -> dict[str, Tensor]:
-    """`input_ids` (B, T) and, if given, `attention_mask` of a batch.
+    """`input_ids` (B, T) and, if given, `attention_mask` and `labels` of a batch.
 
     Raises:
         ValueError: if the batch is neither a LongTensor (B, T) nor a mapping that holds one.
@@ -113,7 +145,8 @@ def as_inputs(batch: Batch) -> dict[str, Tensor]:
             "batches must hold LongTensors (B, T) or dicts with such an 'input_ids', got "
             f"{type(batch).__name__}{tuple(ids.shape) if isinstance(ids, Tensor) else ''}."
         )
-    return {name: inputs[name] for name in ("input_ids", "attention_mask") if inputs.get(name) is not None}
+    names = ("input_ids", "attention_mask", "labels")
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}
 
 
 def _predictions(model, batches, desc: str, progress: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -121,10 +154,41 @@ def _predictions(model, batches, desc: str, progress: bool) -> Iterator[tuple[Te
     device = next(model.parameters()).device
     for batch in tqdm(batches, desc=desc, disable=not progress):
         inputs = {name: tensor.to(device) for name, tensor in as_inputs(batch).items()}
-        attended = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        labels = inputs.pop("labels", inputs["input_ids"])
+        attended = inputs.get("attention_mask", torch.ones_like(labels)).bool()
+        mask = attended[:, 1:] & attended[:, :-1] & (labels[:, 1:] != IGNORED)
         with evaluating(model):
             logits = model(**inputs, use_cache=False).logits
-        yield logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device), attended[:, 1:] & attended[:, :-1]
+        yield logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device), mask.to(logits.device)
+
+
+def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids = list(tokenizer(text, verbose=False).input_ids)
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+
+def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[int], int]]:
+    """(ids of a window, how many of its first are context only) over one document."""
+    scored = 1  # the first token has no predecessor
+    for begin in range(0, len(ids), stride):
+        if scored < len(ids):
+            yield ids[begin : begin + length], scored - begin
+        scored = begin + length
+
+
+def _padded_batch(windows: list[tuple[list[int], int]], pad_token_id: int) -> dict[str, Tensor]:
+    shape = (len(windows), max(len(ids) for ids, _ in windows))
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.full(shape, IGNORED),
+    }
+    for row, (ids, context) in enumerate(windows):
+        batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
+        batch["attention_mask"][row, : len(ids)] = 1
+        batch["labels"][row, context : len(ids)] = torch.tensor(ids[context:])
+    return batch
 
 
 def _counted(count: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -21,30 +21,45 @@ from .sites import AttentionSite, attention_sites
 
 
 @dataclass(frozen=True)
+class StockModel:
+    """A model as stock transformers knows it: class and configuration, no weights."""
+
+    model_class: type[PreTrainedModel]
+    config: PretrainedConfig
+
+
+Choice = tuple[StockModel, tuple[SlotLayout, ...]]
+Candidate = tuple[type[PreTrainedModel], type[PretrainedConfig], int, dict]
+
+
+@dataclass(frozen=True)
 class ExportPlan:
     """What the plain checkpoint will be, decided before any module is touched.
 
     Attributes:
-        model_class: stock class of the plain model.
-        config: its configuration.
+        plain: class and configuration of the plain model.
+        base: of the base; its configuration is a copy.
+        other: where groups are unequal, the layout that was not chosen: K/V heads stored more than once if `plain`
+            stores each once, and the other way round; None where there is no other.
         layouts: slots of every layer; all store the same number of K/V heads.
-        family, shape: of the base.
+        cached_tokens: tokens in the cache that the layouts were compared at.
     """
 
-    model_class: type[PreTrainedModel]
-    config: PretrainedConfig
+    plain: StockModel
+    base: StockModel
+    other: StockModel | None
     layouts: tuple[SlotLayout, ...]
-    family: Family
-    shape: HeadShape
+    cached_tokens: int
 
 
 @dataclass(frozen=True)
 class SharedTensors:
-    """One layer's adapter, as it goes into the plain checkpoint.
+    """One layer's adapter, as it goes into the plain checkpoint: the adapter's own tensors, not copies.
 
     Attributes:
         key, value: weight (G, D, E) of the shared heads and bias (G, D) or None.
-        query_gain: complex (H, R/2) or None; query_mix: (H, P, P) or None; value_mix: (H, D, D) or None.
+        query_gain: (H, R/2, 2), real and imaginary part of the gain's deviation from 1, or None.
+        query_mix, value_mix: (H, P, P) and (H, D, D), deviations from the identity, or None.
         key_norm: (G, D) or None.
     """
 
@@ -56,12 +71,23 @@ class SharedTensors:
     key_norm: Tensor | None
 
 
-def plan_export(model: PreTrainedModel, groups: HeadGroups) -> ExportPlan:
+def plan_export(
+    model: PreTrainedModel, groups: HeadGroups, duplicate_kv_heads: bool = False, cached_tokens: int | None = None
+) -> ExportPlan:
     """Decide class, configuration and slots of the plain checkpoint.
 
     Equal groups are ordinary GQA in the base's class. Unequal groups are padded to slots: in the family's padded
-    class, or in the base's own with as many slots as its configuration accepts. Where neither configuration nor class
-    knows a number of KV heads or a head dimension, K/V heads are stored more than once.
+    class, or in the base's own with as many slots as its configuration accepts. Equal ones take the padded class too
+    where the base's head dimension is not hidden size / heads, which more engines honour there. Where neither
+    configuration nor class knows a number of KV heads or a head dimension, K/V heads are stored more than once.
+
+    Args:
+        model: the base, wrapped or not.
+        groups: of its KV heads.
+        duplicate_kv_heads: store the K/V head of a large group more than once where fewer slots per K/V head then
+            save more bytes of parameters than the further K/V heads add to parameters and cache.
+        cached_tokens: tokens in the cache, over all sequences, for that comparison; default is one sequence of the
+            configuration's `max_position_embeddings`.
 
     Raises:
         ValueError: for a quantised base, or where no stock class can hold the groups; with the remedy.
@@ -71,19 +97,87 @@ def plan_export(model: PreTrainedModel, groups: HeadGroups) -> ExportPlan:
             f"The base is quantised ({type(model.hf_quantizer).__name__}) and cannot hold new K/V heads: load the "
             "base in bf16, load the adapter onto it, and merge there."
         )
-    config, family, shape = model.config, find_family(model.config), head_shape(model.config)
+    if cached_tokens is None:
+        cached_tokens = model.config.max_position_embeddings
+    if cached_tokens < 0:
+        raise ValueError(f"cached_tokens={cached_tokens} must not be negative: give the tokens that the cache holds.")
+    base = StockModel(type(model), copy.deepcopy(model.config))
+    family, shape = find_family(model.config), head_shape(model.config)
     if not family.grouped or not family.explicit_head_dim:
-        return _plan_fixed_slots(model, groups, family, shape)
-    refusal = None
-    for model_class, config_class, slots, sets in _candidates(model, groups, family, shape):
+        plain, layouts = _plan_fixed_slots(base, groups, family, shape)
+        return ExportPlan(plain, base, None, layouts, cached_tokens)
+    duplicated = _plan_duplicated(base, groups, family, shape, cached_tokens)
+    try:
+        once = _first_accepted(_stored_once(base, groups, family, shape), base, groups)
+    except ValueError:
+        if not (duplicate_kv_heads and duplicated):
+            raise
+        return ExportPlan(duplicated[0], base, None, duplicated[1], cached_tokens)
+    taken, other = once, duplicated
+    if duplicate_kv_heads and duplicated:
+        taken, other = sorted((once, duplicated), key=lambda choice: _bytes(choice[1], shape, cached_tokens))
+    return ExportPlan(taken[0], base, other and other[0], taken[1], cached_tokens)
+
+
+def _stored_once(base: StockModel, groups: HeadGroups, family: Family, shape: HeadShape) -> Iterator[Candidate]:
+    """(model class, configuration class, slots per K/V head, values to set), best first; no K/V head twice."""
+    largest = groups.max_group_size * shape.queries_per_kv
+    # CTranslate2 reads an explicit head dimension in the padded class only.
+    explicit = shape.head_dim * shape.num_attention_heads != shape.hidden_size
+    if (explicit or not _are_equal(groups)) and (padded := _padded_class(base, family)):
+        yield *padded, largest, family.padded_as.sets
+    for slots in range(largest, 2 * largest + 1):  # over-padded: some classes want hidden_size % slots == 0
+        yield base.model_class, type(base.config), slots, {}
+
+
+def _plan_duplicated(
+    base: StockModel, groups: HeadGroups, family: Family, shape: HeadShape, cached_tokens: int
+) -> Choice | None:
+    """The layout of fewest bytes among those with less slots per K/V head than the largest group has query heads.
+
+    None for equal groups, which have no padding to save; where all have as many K/V heads as the base; and where the
+    keys' norm spans all stored heads: a head stored twice would count twice in it.
+    """
+    if _are_equal(groups) or family.key_norm:
+        return None
+    laid = {slots: _layouts(groups, shape, slots) for slots in range(1, groups.max_group_size * shape.queries_per_kv)}
+    smaller = [slots for slots, layouts in laid.items() if layouts[0].kv_heads < shape.base_kv_heads]
+    # Of equal ones that with the smaller cache.
+    cheapest = sorted(smaller, key=lambda slots: (_bytes(laid[slots], shape, cached_tokens), laid[slots][0].kv_heads))
+    own, padded = (base.model_class, type(base.config)), _padded_class(base, family)
+    needs_padded = {slots: padded and laid[slots][0].num_slots != shape.num_attention_heads for slots in cheapest}
+    candidates = (
+        (*padded, slots, family.padded_as.sets) if needs_padded[slots] else (*own, slots, {}) for slots in cheapest
+    )
+    try:
+        return _first_accepted(candidates, base, groups)
+    except ValueError:  # the caller tells of the refusal of whole groups
+        return None
+
+
+def _are_equal(groups: HeadGroups) -> bool:
+    return {size for layer in range(len(groups.layers)) for size in groups.sizes(layer)} == {groups.max_group_size}
+
+
+def _bytes(layouts: Sequence[SlotLayout], shape: HeadShape, cached_tokens: int) -> int:
+    """Projection weights and cached K and V of all layers, in units of head_dim elements."""
+    weights = sum(2 * shape.hidden_size * (layout.num_slots + layout.kv_heads) for layout in layouts)
+    return weights + sum(2 * cached_tokens * layout.kv_heads for layout in layouts)
+
+
+def _first_accepted(candidates: Iterable[Candidate], base: StockModel, groups: HeadGroups) -> Choice:
+    """The first candidate that its configuration class accepts, with its layouts."""
+    shape, refusal = head_shape(base.config), None
+    for model_class, config_class, slots, sets in candidates:
+        layouts = _layouts(groups, shape, slots)
         try:
-            plain = _plain_config(config_class, config, groups, slots, shape, sets)
+            config = _plain_config(config_class, base.config, layouts[0], shape, sets)
         except Exception as error:  # each version of transformers wraps a configuration's refusal in another class
             refusal = error
             continue
-        return _plan(model_class, plain, groups, slots, family, shape)
+        return _stock(model_class, config, find_family(base.config)), layouts
     raise ValueError(
-        f"No {type(config).__name__} holds {groups.num_key_value_heads} groups of up to "
+        f"No {type(base.config).__name__} holds {groups.num_key_value_heads} groups of up to "
         f"{groups.max_group_size * shape.queries_per_kv} query heads each. The last one tried says: "
         f"{_last_line(refusal)} The adapter is unchanged and stays usable; for a plain checkpoint train one with "
         "equal groups (grouping='symmetric') or another num_key_value_heads."
@@ -94,24 +188,30 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip()
 
 
-def _candidates(model, groups: HeadGroups, family: Family, shape: HeadShape) -> Iterator[tuple[type, type, int, dict]]:
-    """(model class, configuration class, slots per K/V head, values to set), best first."""
-    largest = groups.max_group_size * shape.queries_per_kv
-    equal = {size for layer in range(len(groups.layers)) for size in groups.sizes(layer)} == {groups.max_group_size}
-    if not equal and (padded := _padded_class(type(model), model.config, family)):
-        yield *padded, largest, family.padded_as.sets
-    for slots in range(largest, 2 * largest + 1):  # over-padded: some classes want hidden_size % slots == 0
-        yield type(model), type(model.config), slots, {}
+def _layouts(groups: HeadGroups, shape: HeadShape, slots_per_kv: int) -> tuple[SlotLayout, ...]:
+    """All layers with as many stored K/V heads as the layer that needs most: a stock model has one number."""
+    layouts = [slot_layout(partition, shape.queries_per_kv, slots_per_kv) for partition in groups.layers]
+    kv_heads = max(layout.kv_heads for layout in layouts)
+    return tuple(_widened(layout, kv_heads) for layout in layouts)
 
 
-def _plan(model_class, config, groups: HeadGroups, slots_per_kv: int, family: Family, shape: HeadShape) -> ExportPlan:
-    layouts = tuple(slot_layout(partition, shape.queries_per_kv, slots_per_kv) for partition in groups.layers)
+def _widened(layout: SlotLayout, kv_heads: int) -> SlotLayout:
+    """The layout with further copies of the first group's K/V head, whose slots stay empty."""
+    missing = kv_heads - layout.kv_heads
+    return replace(
+        layout,
+        kv_source=layout.kv_source + (0,) * missing,
+        head_of_slot=layout.head_of_slot + (-1,) * (missing * layout.slots_per_kv),
+    )
+
+
+def _stock(model_class, config: PretrainedConfig, family: Family) -> StockModel:
     config.architectures = [model_class.__name__]
     _write_rope_fields(config, family)
-    return ExportPlan(model_class, config, layouts, family, shape)
+    return StockModel(model_class, config)
 
 
-def _plan_fixed_slots(model, groups: HeadGroups, family: Family, shape: HeadShape) -> ExportPlan:
+def _plan_fixed_slots(base: StockModel, groups: HeadGroups, family: Family, shape: HeadShape) -> Choice:
     """Exactly H slots: as many per K/V head as divide every group, large groups stored more than once."""
     sizes = [len(group) * shape.queries_per_kv for partition in groups.layers for group in partition]
     slots_per_kv = math.gcd(*sizes) if family.grouped else 1
@@ -119,37 +219,36 @@ def _plan_fixed_slots(model, groups: HeadGroups, family: Family, shape: HeadShap
     if kv_heads > groups.num_key_value_heads:
         shrinks = "shrinks less than the adapter's" if kv_heads < shape.base_kv_heads else "does not shrink"
         warnings.warn(
-            f"{type(model.config).__name__} cannot express these groups: the plain checkpoint stores {kv_heads} KV "
+            f"{type(base.config).__name__} cannot express these groups: the plain checkpoint stores {kv_heads} KV "
             f"heads, not {groups.num_key_value_heads}, so its cache {shrinks}. Its logits are the adapter's.",
             stacklevel=5,
         )
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(base.config)
     if family.grouped:
         config.num_key_value_heads = kv_heads
-    return _plan(type(model), config, groups, slots_per_kv, family, shape)
+    return _stock(base.model_class, config, family), _layouts(groups, shape, slots_per_kv)
 
 
-def _padded_class(model_class, config, family: Family) -> tuple[type, type] | None:
+def _padded_class(base: StockModel, family: Family) -> tuple[type, type] | None:
     """Model and configuration class that stand in for padded slots, if the base qualifies."""
-    padded = family.padded_as
+    config, padded = base.config, family.padded_as
     if padded is None or any(getattr(config, name, value) != value for name, value in padded.needs.items()):
         return None
     config_class = CONFIG_MAPPING[padded.model_type]
     own, other = type(config).__name__.removesuffix("Config"), config_class.__name__.removesuffix("Config")
-    stand_in = getattr(transformers, model_class.__name__.replace(own, other, 1), None)
+    stand_in = getattr(transformers, base.model_class.__name__.replace(own, other, 1), None)
     return None if stand_in is None else (stand_in, config_class)
 
 
-def _plain_config(config_class, config, groups: HeadGroups, slots_per_kv: int, shape: HeadShape, sets: dict):
+def _plain_config(config_class, config, layout: SlotLayout, shape: HeadShape, sets: dict) -> PretrainedConfig:
     """The plain configuration; raises whatever its class raises where it refuses the number of slots."""
     values = config.to_dict()
     values.pop("model_type", None)
     if config_class is not type(config):
         own = config_class().to_dict()
         values = {name: value for name, value in values.items() if name in own}
-    num_slots = groups.num_key_value_heads * slots_per_kv
-    values |= {"num_attention_heads": num_slots, "num_key_value_heads": groups.num_key_value_heads} | sets
-    if num_slots != shape.num_attention_heads or values.get("head_dim") is not None:
+    values |= {"num_attention_heads": layout.num_slots, "num_key_value_heads": layout.kv_heads} | sets
+    if layout.num_slots != shape.num_attention_heads or values.get("head_dim") is not None:
         values["head_dim"] = shape.head_dim
     plain = config_class.from_dict(values)
     plain._attn_implementation = config._attn_implementation
@@ -180,24 +279,19 @@ def shared_tensors(site: AttentionSite, adapter_name: str) -> SharedTensors:
         biases = None if linear.bias is None else linear.bias.detach().unflatten(0, weights.shape[:3])
         for index, part in enumerate(layer.parts):
             tensors[part] = (weights[index], None if biases is None else biases[index])
-    gain = _fit(site.key.lora_query_gain, adapter_name)
     norm = getattr(site.attention, site.family.key_norm) if site.family.key_norm else None
     return SharedTensors(
         key=tensors["key"],
         value=tensors["value"],
-        query_gain=None if gain is None else torch.view_as_complex(gain) + 1,
-        query_mix=_plus_identity(_fit(site.key.lora_query_mix, adapter_name)),
-        value_mix=_plus_identity(_fit(site.value.lora_value_mix, adapter_name)),
+        query_gain=_fit(site.key.lora_query_gain, adapter_name),
+        query_mix=_fit(site.key.lora_query_mix, adapter_name),
+        value_mix=_fit(site.value.lora_value_mix, adapter_name),
         key_norm=_norm_scale(norm, adapter_name, shape),
     )
 
 
 def _fit(fits: nn.ModuleDict, adapter_name: str) -> Tensor | None:
-    return fits[adapter_name].weight.detach().double() if adapter_name in fits else None
-
-
-def _plus_identity(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight + torch.eye(weight.shape[-1]).to(weight)
+    return fits[adapter_name].weight.detach() if adapter_name in fits else None
 
 
 def _norm_scale(norm: SharedKeyNorm | None, adapter_name: str, shape: HeadShape) -> Tensor | None:
@@ -208,7 +302,7 @@ def _norm_scale(norm: SharedKeyNorm | None, adapter_name: str, shape: HeadShape)
 def export_plain_model(model: PreTrainedModel, plan: ExportPlan, tensors: Sequence[SharedTensors]) -> PreTrainedModel:
     """Write the shared heads into a model whose LoRA is merged, and return it as an instance of the stock class.
 
-    A layer at a time: beside the model, one layer's projections in float64 are held.
+    One projection at a time, its heads one by one in float64: beside the model, less than a layer is held.
     """
     for site, layout, shared in zip(attention_sites(model), plan.layouts, tensors, strict=True):
         _write_layer(site, layout, shared)
@@ -216,6 +310,11 @@ def export_plain_model(model: PreTrainedModel, plan: ExportPlan, tensors: Sequen
 
 
 def _write_layer(site: AttentionSite, layout: SlotLayout, shared: SharedTensors) -> None:
+    _set_inputs(site, layout, shared)
+    _set_output(site, layout, shared)
+
+
+def _set_inputs(site: AttentionSite, layout: SlotLayout, shared: SharedTensors) -> None:
     family, attention, shape = site.family, site.attention, site.shape
     key, value = (_stored(tensors, layout) for tensors in (shared.key, shared.value))
     query = _fitted_query(site, layout, shared)
@@ -232,7 +331,6 @@ def _write_layer(site: AttentionSite, layout: SlotLayout, shared: SharedTensors)
     else:
         for name, (weight, bias) in ((family.query, query), (family.key, key), (family.value, value)):
             _set_linear(attention, name, weight, bias)
-    _set_output(attention, family.output, layout, shared, shape)
 
 
 def _stored(heads: tuple[Tensor, Tensor | None], layout: SlotLayout) -> tuple[Tensor, Tensor | None]:
@@ -244,9 +342,10 @@ def _stored(heads: tuple[Tensor, Tensor | None], layout: SlotLayout) -> tuple[Te
 def _fitted_query(site: AttentionSite, layout: SlotLayout, shared: SharedTensors) -> tuple[Tensor, Tensor | None]:
     """Query weight (slots, D, E) and bias (slots, D) with gain and mix folded in, zero in empty slots."""
     weight, bias = _query_heads(site)
-    columns = weight.double() if bias is None else torch.cat((weight, bias[..., None]), dim=-1).double()
-    columns = _apply_query_fit(columns, shared, site.shape)
-    slots = _scatter(columns, layout)
+    columns = weight if bias is None else torch.cat((weight, bias[..., None]), dim=-1)
+    slots = columns.new_zeros(layout.num_slots, *columns.shape[1:], dtype=torch.float64)
+    for head, slot in enumerate(layout.slot_of_head):
+        slots[slot] = _fit_query(columns[head].double(), shared, head, site.shape)
     return (slots, None) if bias is None else (slots[..., :-1], slots[..., -1])
 
 
@@ -263,15 +362,16 @@ def _query_heads(site: AttentionSite) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def _apply_query_fit(columns: Tensor, shared: SharedTensors, shape: HeadShape) -> Tensor:
-    """(H, D, C) -> (H, D, C): the complex gain on rotary pairs, the mix on the rest."""
-    rotary, rest = columns.split([shape.rotary_dim, shape.pass_dim], dim=1)
+def _fit_query(columns: Tensor, shared: SharedTensors, head: int, shape: HeadShape) -> Tensor:
+    """(D, C) -> (D, C) of one query head: the complex gain on rotary pairs, the mix on the rest."""
+    rotary, rest = columns.split([shape.rotary_dim, shape.pass_dim])
     if shared.query_gain is not None:
-        pairs = torch.complex(*rotary.chunk(2, dim=1)) * shared.query_gain[..., None]
-        rotary = torch.cat((pairs.real, pairs.imag), dim=1)
+        gain = torch.view_as_complex(shared.query_gain[head].double()) + 1
+        pairs = torch.complex(*rotary.chunk(2)) * gain[:, None]
+        rotary = torch.cat((pairs.real, pairs.imag))
     if shared.query_mix is not None:
-        rest = shared.query_mix @ rest
-    return torch.cat((rotary, rest), dim=1)
+        rest = rest + shared.query_mix[head].double() @ rest
+    return torch.cat((rotary, rest))
 
 
 def _spread_query_norm(norm: nn.Module, query, layout: SlotLayout, shape: HeadShape):
@@ -293,13 +393,16 @@ def _scatter(heads: Tensor, layout: SlotLayout) -> Tensor:
     return slots
 
 
-def _set_output(attention, name: str, layout: SlotLayout, shared: SharedTensors, shape: HeadShape) -> None:
-    linear = getattr(attention, name)
-    heads = linear.weight.double().unflatten(1, (-1, shape.head_dim)).transpose(0, 1)  # (H, E, D)
-    if shared.value_mix is not None:
-        heads = heads @ shared.value_mix
-    weight = _scatter(heads, layout).transpose(0, 1).flatten(1)
-    _replace_linear(attention, name, weight, linear.bias)
+def _set_output(site: AttentionSite, layout: SlotLayout, shared: SharedTensors) -> None:
+    linear, head_dim = site.output, site.shape.head_dim
+    heads = linear.weight.unflatten(1, (-1, head_dim))  # (E, H, D)
+    slots = heads.new_zeros(len(heads), layout.num_slots, head_dim)
+    for head, slot in enumerate(layout.slot_of_head):
+        columns = heads[:, head].double()
+        if shared.value_mix is not None:
+            columns = columns + columns @ shared.value_mix[head].double()
+        slots[:, slot] = columns.to(slots)
+    _replace_linear(site.attention, site.family.output, slots.flatten(1), linear.bias)
 
 
 def _set_linear(attention: nn.Module, name: str, heads: Tensor, bias: Tensor | None) -> None:
@@ -323,11 +426,12 @@ def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
 def _as_stock_model(model: PreTrainedModel, plan: ExportPlan) -> PreTrainedModel:
     """A fresh instance of the stock class that takes over the tensors: strict loading proves names and shapes."""
     # Unloading a head that was trained on its own (modules_to_save) unties it, after the plan was made.
-    plan.config.tie_word_embeddings = model.config.tie_word_embeddings
+    plan.plain.config.tie_word_embeddings = model.config.tie_word_embeddings
     with init_empty_weights(include_buffers=False):
-        plain = plan.model_class(plan.config)
+        plain = plan.plain.model_class(plan.plain.config)
     plain.load_state_dict(model.state_dict(), strict=True, assign=True)
     plain.tie_weights()
+    plain.export_plan = plan  # for export_report; not part of the configuration
     _take_over_buffers(model, plain)
     if model.can_generate():
         plain.generation_config = copy.deepcopy(model.generation_config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,25 +113,27 @@ def save_adapter(
     token: str | None = None,
     **card: object,
 ) -> None:
-    """Save the active adapter with its card, ready to be pushed.
+    """Save the active adapter with its card, ready to be pushed; `folder` is written whole or not at all.
 
     Raises:
-        ValueError: for a model without AsymGQA adapter, or a base that has no name on the Hub.
+        ValueError: for a model without AsymGQA adapter, a base that has no name on the Hub, or a folder that holds
+            something.
     """
     folder, conversion = Path(folder), Conversion.of(model, base_model)
     base_model = published_base(conversion)
     licence = base_licence(base_model, conversion.base_revision, token)
     text = model_card(conversion, name=name or folder.name, licence=licence, **card)
     adapter_name = model.active_adapter
-    model.save_pretrained(str(folder), selected_adapters=[adapter_name])
-    if adapter_name != "default":  # PEFT puts it into a folder of its own, where no loader looks on the Hub
-        for file in (folder / adapter_name).iterdir():
-            file.replace(folder / file.name)
-        (folder / adapter_name).rmdir()
-    name_base(folder / "adapter_config.json", base_model)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    write_card(folder, text)
+    with _filling(folder) as beside:
+        model.save_pretrained(str(beside), selected_adapters=[adapter_name])
+        if adapter_name != "default":  # PEFT puts it into a folder of its own, where no loader looks on the Hub
+            for file in (beside / adapter_name).iterdir():
+                file.replace(beside / file.name)
+            (beside / adapter_name).rmdir()
+        name_base(beside / "adapter_config.json", base_model)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, beside)
+        write_card(beside, text)
 
 
 def save_merged(
@@ -146,8 +149,10 @@ def save_merged(
 ) -> None:
     """Save a merged model with its tokenizer, generation configuration, chat template and card.
 
+    Weights go to disk file by file, without a copy of the model; `folder` is written whole or not at all.
+
     Raises:
-        ValueError: for a model that still has an adapter.
+        ValueError: for a model that still has an adapter, or a folder that holds something.
     """
     if isinstance(plain, PeftModel) or not isinstance(plain, PreTrainedModel):
         raise ValueError(
@@ -157,10 +162,24 @@ def save_merged(
     folder = Path(folder)
     licence = base_licence(conversion.base_source, conversion.base_revision, token)
     text = model_card(conversion, plain.config, name=name or folder.name, licence=licence, **card)
-    plain.save_pretrained(str(folder), max_shard_size=max_shard_size)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    write_card(folder, text)
+    with _filling(folder) as beside:
+        plain.save_pretrained(str(beside), max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, beside)
+        write_card(beside, text)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer under a class name that transformers 4 knows too, which converters of engines still pin.
+
+    transformers 5 calls the class of a bare tokenizer.json TokenizersBackend, and loads the older name as the same.
+    """
+    tokenizer.save_pretrained(str(folder))
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_push_target(repo_id: str, *, private: bool = True, exist_ok: bool = False, token: str | None = None) -> None:
@@ -213,6 +232,25 @@ def name_base(config_file: Path, base_model: str) -> None:
 def write_card(folder: Path | str, text: str) -> None:
     """Write README.md, over whatever a save_pretrained left there."""
     Path(folder, "README.md").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _filling(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, which takes its place at the end, whole or not at all."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder={str(folder)!r} holds something already: remove it or choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)  # what a killed run left
+    beside.mkdir()
+    try:
+        yield beside
+        if folder.exists():
+            folder.rmdir()
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 def _api(token: str | None) -> HfApi:

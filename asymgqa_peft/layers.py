@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from .families import Family, HeadShape
 from .groups import Partition, SlotLayout, slot_layout
 
+_CACHES = ("past_key_values", "cache")
+"""What attention modules and paged attention functions call their cache."""
+
 
 class SharedLinear(nn.Linear):
     """Projection onto shared heads in the input's dtype: fp32 weights over a bf16 base cost no fp32 product."""
@@ -87,7 +90,7 @@ class Slots(nn.Module):
         if self.layout.num_slots == heads.shape[-2]:
             return heads.index_select(-2, self.head_of_slot)
         slots = heads.new_zeros(*heads.shape[:-2], self.layout.num_slots, heads.shape[-1])
-        return slots.index_copy(-2, self.slot_of_head, heads)
+        return slots.index_copy_(-2, self.slot_of_head, heads)
 
     def gather(self, slots: Tensor) -> Tensor:
         """Slots (B, T, slots, D) -> query heads (B, T, H, D)."""
@@ -176,7 +179,9 @@ class SharedProjection(SharedLayer):
 
     def __init__(self, base_layer: nn.Module, shape: HeadShape, family: Family) -> None:
         super().__init__(base_layer, shape, family)
-        self.lora_slots = nn.ModuleDict()
+        self.lora_slots = nn.ModuleDict()  # layout while there is a cache
+        self.lora_uncached = nn.ModuleDict()  # and while there is none
+        self.cached = True
 
     def update_layer(self, adapter_name: str, partition: Partition) -> None:
         """Add an adapter whose shared heads are the mean of each group's base heads."""
@@ -199,9 +204,18 @@ class SharedProjection(SharedLayer):
         self.set_adapter(self.active_adapters)
 
     def set_partition(self, adapter_name: str, partition: Partition) -> None:
-        """Lay the adapter's query heads out for `partition`."""
+        """Lay the adapter's query heads out for `partition`.
+
+        Empty slots spare the cache and cost attention. Without a cache, as in training, groups of unequal size
+        therefore take the shape of MHA: K/V heads are repeated for their query heads, and no slot is empty.
+        """
         layout = slot_layout(partition, self.shape.queries_per_kv, None if self.family.grouped else 1)
-        self.lora_slots[adapter_name] = Slots(layout, self._device())
+        slots = Slots(layout, self._device())
+        self.lora_slots[adapter_name] = self.lora_uncached[adapter_name] = slots
+        # Not under a norm that spans all stored keys: it would see some of them several times.
+        if layout.num_slots > self.shape.num_attention_heads and not self.family.key_norm:
+            per_head = slot_layout(partition, self.shape.queries_per_kv, 1)
+            self.lora_uncached[adapter_name] = Slots(per_head, self._device())
 
     @torch.no_grad()
     def share_mean(self, adapter_name: str, partition: Partition) -> None:
@@ -227,7 +241,7 @@ class SharedProjection(SharedLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter's heads, gains, mixes and slots."""
         if adapter_name in self.lora_slots:
-            del self.lora_slots[adapter_name]
+            del self.lora_slots[adapter_name], self.lora_uncached[adapter_name]
         super().delete_adapter(adapter_name)
 
     def shared_heads(self, adapter_name: str, x: Tensor) -> list[Tensor]:
@@ -235,21 +249,25 @@ class SharedProjection(SharedLayer):
         heads = self.lora_kv[adapter_name](x).unflatten(-1, (len(self.parts), -1, self.shape.head_dim))
         # Not unbind: OLMo clamps what it gets in place, which autograd forbids for one of several views.
         parts = (heads.select(-3, index) for index in range(len(self.parts)))
-        return [self.lora_slots[adapter_name].store(part) for part in parts]
+        return [self.slots(adapter_name).store(part) for part in parts]
+
+    def slots(self, adapter_name: str) -> Slots:
+        """The layout in effect."""
+        return (self.lora_slots if self.cached else self.lora_uncached)[adapter_name]
 
     def fit_queries(self, adapter_name: str, query: Tensor) -> Tensor:
         """Apply gain and mix to query heads (B, T, H, D) and scatter them into slots."""
         for fits in (self.lora_query_gain, self.lora_query_mix):
             if adapter_name in fits:
                 query = fits[adapter_name](query)
-        return self.lora_slots[adapter_name].scatter(query)
+        return self.slots(adapter_name).scatter(query)
 
     def gather_heads(self, module: nn.Module, args: tuple) -> tuple | None:
         """Forward pre-hook of the output projection: slots (B, T, slots * D) -> mixed heads (B, T, H * D)."""
         name = self.active()
         if name is None:
             return None
-        heads = self.lora_slots[name].gather(args[0].unflatten(-1, (-1, self.shape.head_dim)))
+        heads = self.slots(name).gather(args[0].unflatten(-1, (-1, self.shape.head_dim)))
         if name in self.lora_value_mix:
             heads = self.lora_value_mix[name](heads)
         return (heads.flatten(-2), *args[1:])
@@ -261,16 +279,18 @@ class SharedProjection(SharedLayer):
             return None
         return self.fit_queries(name, query.unflatten(-1, (-1, self.shape.head_dim))).flatten(-2)
 
-    def set_head_counts(self, attention: nn.Module, args: tuple) -> None:
-        """Forward pre-hook of the attention: the head counts of whatever heads it is about to see.
+    def set_head_counts(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the attention: the layout, and the head counts of whatever heads it is about to see.
 
         It runs before every forward, so no way of switching adapters can be missed, and it is traced by torch.compile.
         """
+        # An attention that says nothing about its cache may have one.
+        self.cached = "past_key_values" not in kwargs or any(kwargs.get(name) is not None for name in _CACHES)
         name = self.active()
         if name is None:
             write_head_counts(attention, self.family, self.shape.num_attention_heads, self.shape.base_kv_heads)
         else:
-            layout = self.lora_slots[name].layout
+            layout = self.slots(name).layout
             write_head_counts(attention, self.family, layout.num_slots, layout.kv_heads)
 
 

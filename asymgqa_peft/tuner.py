@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import register_peft_method
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .config import AsymGQAConfig
 from .export import export_plain_model, plan_export, shared_tensors
@@ -150,7 +151,40 @@ class AsymGQAModel(LoraModel):
             )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
-    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        duplicate_kv_heads: bool = False,
+        cached_tokens: int | None = None,
+    ) -> PreTrainedModel:
+        """Merge one adapter and return a plain model: a stock class with a stock configuration.
+
+        Args:
+            progressbar, safe_merge, adapter_names: as for LoRA.
+            duplicate_kv_heads: store the K/V head of a large group more than once where that takes fewer bytes of
+                parameters and cache together than padding all groups to its size. The plain model then has more
+                KV heads than `num_key_value_heads`; `export_report` shows both choices.
+            cached_tokens: tokens in the cache, over all sequences, for that comparison; default is one sequence of
+                the configuration's `max_position_embeddings`.
+
+        Raises:
+            ValueError: for several adapters, a quantised base, or groups that no stock class holds; nothing has
+                changed then.
+        """
+        return self._unload_and_optionally_merge(
+            progressbar=progressbar,
+            safe_merge=safe_merge,
+            adapter_names=adapter_names,
+            duplicate_kv_heads=duplicate_kv_heads,
+            cached_tokens=cached_tokens,
+        )
+
+    def _unload_and_optionally_merge(
+        self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **layout: bool | int | None
+    ):
         unload = super()._unload_and_optionally_merge
         if not merge:
             _remove_hooks(self.model)
@@ -161,7 +195,7 @@ class AsymGQAModel(LoraModel):
         name = self._adapter_to_merge(adapter_names)
         if safe_merge:
             self._check_finite(name)
-        plan = plan_export(self.model, self.head_groups(name))  # may refuse: nothing has changed yet
+        plan = plan_export(self.model, self.head_groups(name), **layout)  # may refuse: nothing has changed yet
         tensors = [shared_tensors(site, name) for site in attention_sites(self.model)]
         _remove_hooks(self.model)
         model = unload(merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=[name])
@@ -294,7 +328,8 @@ def _shared_layer(model: nn.Module, target_name: str, base_layer: nn.Module) -> 
 
 def _install_hooks(site: AttentionSite) -> None:
     # Bound methods, so that a deep copy's hooks belong to the copy.
-    site.attention.register_forward_pre_hook(site.key.set_head_counts)
+    for layer in site.shared_layers():
+        site.attention.register_forward_pre_hook(layer.set_head_counts, with_kwargs=True)
     if not site.family.fused_qkv:
         site.query_source.register_forward_hook(site.key.scatter_queries)
     site.output.register_forward_pre_hook(site.value.gather_heads)

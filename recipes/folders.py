@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -23,6 +24,24 @@ def check_writable(folder: str | Path) -> Path:
             f"{folder} cannot be written ({error}): free space there or choose another folder."
         ) from error
     return path
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Exit if the disk of a folder has less than `needed` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SystemExit(
+            f"{folder} has {free / 1e9:.2f} GB free, the run will write {needed / 1e9:.2f} GB (adapter, checkpoints, "
+            "plain checkpoint): free space, choose another --output_dir, lower --save_total_limit or set "
+            "--save_plain false."
+        )
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON; a reader never sees half a file."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from folders import replacing
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
-from asymgqa_peft import AsymGQAConfig, InitializationReport
+from asymgqa_peft import AsymGQAConfig, InitializationReport, export_report
 from asymgqa_peft.card import Conversion, base_licence, model_card
 from asymgqa_peft.hub import check_push_target, name_base, published_base, push_folder, save_merged, write_card
 
@@ -43,14 +44,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_merged(folder: Path, config: AsymGQAConfig, args: argparse.Namespace, name: str, **card) -> None:
-    """Load base and adapter, merge, save."""
+    """Load base and adapter, merge, save, tell what that saves."""
     source = base_source(config, args)
     base = AutoModelForCausalLM.from_pretrained(source, revision=base_revision(config, args), dtype=args.dtype)
     model = PeftModel.from_pretrained(base, args.adapter)
     conversion = Conversion.of(model, args.base_model)
-    plain = model.merge_and_unload(progressbar=True)
+    plain = model.merge_and_unload(
+        progressbar=True, duplicate_kv_heads=args.duplicate_kv_heads, cached_tokens=args.cached_tokens
+    )
+    report = export_report(plain)
+    print(report, flush=True)
     tokenizer = find_tokenizer(args.adapter, source)
     save_merged(plain, tokenizer, folder, conversion, name=name, max_shard_size=args.max_shard_size, **card)
+    report.save(folder / "export_report.json")
+    copy_sentencepiece(source, base_revision(config, args), folder)
 
 
 def write_adapter(folder: Path, config: AsymGQAConfig, args: argparse.Namespace, name: str, **card) -> None:
@@ -114,6 +121,13 @@ def find_tokenizer(*sources: str) -> PreTrainedTokenizerBase | None:
     return None
 
 
+def copy_sentencepiece(source: str, revision: str | None, folder: Path) -> None:
+    """The base's tokenizer.model, which transformers 5 does not save beside tokenizer.json; llama.cpp prefers it."""
+    file = cached_file(source, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if file is not None:
+        shutil.copy(file, folder)
+
+
 def card_arguments(args: argparse.Namespace) -> dict:
     """What the card is told beside the adapter's own facts."""
     evaluation = json.loads(args.evaluation.read_text()) if args.evaluation else None
@@ -134,6 +148,19 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", help="folder or repository of the base; default: what the adapter names")
     parser.add_argument("--dtype", default="auto", help="dtype of the merged weights; default: the base's own")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weights file (default %(default)s)")
+    layout = parser.add_argument_group("unequal groups")
+    layout.add_argument(
+        "--duplicate-kv-heads",
+        action="store_true",
+        help="store large groups' K/V heads more than once where that takes fewer bytes than padding; the cache then "
+        "holds more than num_key_value_heads",
+    )
+    layout.add_argument(
+        "--cached-tokens",
+        type=int,
+        metavar="N",
+        help="tokens in the cache, over all sequences, for that comparison; default: one sequence of full length",
+    )
     hub = parser.add_argument_group("Hub (log in with `hf auth login` or set HF_TOKEN)")
     hub.add_argument("--push", metavar="OWNER/NAME", help="repository to push to")
     hub.add_argument("--public", action="store_true", help="make a new repository public")

@@ -78,7 +78,7 @@ CASES: dict[str, Case] = {
     "llama": Case("llama", {"rope_parameters": LLAMA3_ROPE}, plain_class="MistralForCausalLM"),
     "llama-gqa": _gqa("llama", {"rope_parameters": SHIFTED_THETA}, plain_class="MistralForCausalLM"),
     "llama-bias": Case("llama", {**BIAS, "mlp_bias": True}, plain_heads=(24, 3)),  # the least p >= 5 with 3 p | 96
-    "llama-equal": Case("llama", {"tie_word_embeddings": True}, groups=EQUAL_GROUPS),
+    "llama-equal": Case("llama", SQUARE | {"tie_word_embeddings": True}, groups=EQUAL_GROUPS),
     "mistral": Case("mistral", {"sliding_window": 6}),
     "mistral-gqa": _gqa("mistral", {"sliding_window": 6}),
     "qwen2": Case("qwen2", QWEN_WINDOW),

@@ -5,10 +5,16 @@ import math
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import BatchEncoding, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from asymgqa_peft import AsymGQAConfig
-from asymgqa_peft.evaluate import decode_speed, kl_to_reference, kv_cache_bytes_per_token, perplexity
+from asymgqa_peft.evaluate import (
+    decode_speed,
+    kl_to_reference,
+    kv_cache_bytes_per_token,
+    perplexity,
+    strided_windows,
+)
 
 
 def tiny_llama(kv_heads: int = 4) -> LlamaForCausalLM:
@@ -104,6 +110,86 @@ def test_mode_is_restored_and_speed_is_positive():
     perplexity(model, [torch.randint(0, 61, (1, 4))])
     assert decode_speed(model, batch_size=1, context=4, new_tokens=2, repeats=1) > 0
     assert model.training
+
+
+class Letters:
+    """A tokenizer: a token per letter. `bos` and `eos` are ids or None; `adds_bos` is whether it writes bos itself."""
+
+    pad_token_id = 60
+
+    def __init__(self, bos: int | None = 1, eos: int | None = 2, adds_bos: bool = False) -> None:
+        self.bos_token_id, self.eos_token_id, self.adds_bos = bos, eos, adds_bos
+
+    def __call__(self, text: str, verbose: bool = True) -> BatchEncoding:
+        start = [self.bos_token_id] if self.adds_bos else []
+        return BatchEncoding({"input_ids": start + [3 + ord(letter) - ord("a") for letter in text]})
+
+
+DOCUMENTS = ["thequickbrownfox", "", "jumps", "overthelazydogandrunsawayintothewood"]
+
+
+def one_by_one(model, documents, first: int, length: int, stride: int) -> list[float]:
+    """Loss of every token, each from a run of its own, with the context that its window gives it."""
+    losses = []
+    for ids in ([first, *(3 + ord(letter) - ord("a") for letter in text)] for text in documents):
+        for position in range(1, len(ids)):
+            window = max(0, -(-(position + 1 - length) // stride)) * stride  # the first that reaches it
+            logits = model(torch.tensor([ids[window:position]])).logits[0, -1].double()
+            losses.append(-torch.log_softmax(logits, -1)[ids[position]].item())
+    return losses
+
+
+@pytest.mark.parametrize(("length", "stride", "batch_size"), [(8, 3, 3), (8, 4, 1), (9, 8, 4), (5, 1, 2), (64, 32, 2)])
+@torch.no_grad()
+def test_strided_windows_score_every_token_once_within_its_document(length, stride, batch_size):
+    model = tiny_llama().double()
+    losses = one_by_one(model, DOCUMENTS, 1, length, stride)
+    assert len(losses) == sum(map(len, DOCUMENTS))
+    batches = list(strided_windows(DOCUMENTS, Letters(), length, stride, batch_size))
+    assert max(len(batch["input_ids"]) for batch in batches) == batch_size
+    assert max(batch["input_ids"].shape[1] for batch in batches) <= length
+    assert sum(int((batch["labels"] != -100).sum()) for batch in batches) == len(losses)
+    assert perplexity(model, batches) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
+
+
+@torch.no_grad()
+def test_overlap_and_document_borders_matter():
+    """What the windows do is seen in the numbers: no overlap, or one long document, gives others."""
+    model = tiny_llama()
+    strided, apart, joined = (
+        perplexity(model, strided_windows(documents, Letters(), 8, stride))
+        for documents, stride in ((DOCUMENTS, 2), (DOCUMENTS, 7), (["".join(DOCUMENTS)], 2))
+    )
+    assert apart != pytest.approx(strided, rel=1e-3) and joined != pytest.approx(strided, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "start"),
+    [(Letters(), 1), (Letters(adds_bos=True), 1), (Letters(bos=None), 2), (Letters(bos=None, eos=None), None)],
+)
+def test_documents_start_with_one_start_token(tokenizer, start):
+    (batch,) = strided_windows(["abc"], tokenizer, 8, 4)
+    expected = [3, 4, 5] if start is None else [start, 3, 4, 5]
+    assert batch["input_ids"].tolist() == [expected] and batch["labels"].tolist() == [[-100, *expected[1:]]]
+
+
+@pytest.mark.parametrize("stride", [0, 8, 9])
+def test_windows_without_overlap_are_refused(stride):
+    with pytest.raises(ValueError, match=f"stride={stride} .*length=8"):
+        strided_windows(DOCUMENTS, Letters(), 8, stride)
+
+
+def test_labels_choose_what_kl_and_perplexity_count():
+    model, other = tiny_llama(), tiny_llama()
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.7)
+    ids = torch.randint(0, 61, (2, 9))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    p, q = (torch.log_softmax(m(ids).logits[:, 4:-1].double(), -1) for m in (other, model))
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert kl_to_reference(model, other, [{"input_ids": ids, "labels": labels}]) == pytest.approx(expected, rel=1e-4)
+    assert kl_to_reference(model, other, [ids]) != pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(

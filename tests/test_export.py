@@ -27,9 +27,14 @@ from models import (
     stock,
     wrap,
 )
-from reference import dense_reference, greedy_alone, rows_alone
-from transformers import AutoModelForSequenceClassification
+from reference import dense_reference, greedy_alone, relative_error, rows_alone
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from asymgqa_peft import export_report
+from asymgqa_peft.evaluate import kv_cache_bytes_per_token
 from asymgqa_peft.groups import default_max_group_size, slot_layout
 
 TOLERANCE = 1e-5  # of the largest logit, in fp32; measured 3e-7 to 9e-7
@@ -42,6 +47,7 @@ LONG_ROPE = {
     "long_factor": [2.0, 3.0, 4.0, 5.0],
 }
 MORE_CASES = {
+    "llama-equal-own-head-dim": replace(CASES["llama-equal"], overrides={}, plain_class="MistralForCausalLM"),
     "mistral-linear-rope": replace(CASES["mistral"], overrides={"rope_parameters": LINEAR_ROPE}),
     "qwen2-yarn": replace(CASES["qwen2"], overrides={"rope_parameters": YARN_ROPE}),
     "phi3-long-equal": replace(
@@ -139,7 +145,9 @@ def test_class_head_counts_and_cache(exported, name: str):
     assert not list(it.folder.glob("*.py")) and not list(it.folder.glob("adapter*"))
 
 
-@pytest.mark.parametrize("name", [name for name, case in ALL_CASES.items() if case.groups is EQUAL_GROUPS])
+@pytest.mark.parametrize(
+    "name", [name for name, case in ALL_CASES.items() if case.groups is EQUAL_GROUPS and case.plain_class is None]
+)
 def test_equal_groups_are_ordinary_gqa_of_the_same_class(exported, name: str):
     it = exported[name]
     assert type(it.plain) is type(it.base)
@@ -289,3 +297,156 @@ def test_at_the_default_cap_real_modules_are_not_larger():
 def _attention_weights(model) -> int:
     """Weights of the projections; biases and norms, a share of 1 / E, are not counted."""
     return sum(p.numel() for name, p in model.named_parameters() if ".self_attn." in name and p.dim() == 2)
+
+
+# Sizes 5, 2, 1 and 3, 3, 2: with three slots per K/V head the first layer stores four heads, the second needs three.
+LOPSIDED = [[[6, 1, 3, 0, 7], [5, 2], [4]], [[2, 7, 0], [5, 3, 6], [1, 4]]]
+DUPLICATED = {  # case: its groups, and slots and K/V heads for no cached token
+    "llama": (LOPSIDED, (10, 5)),
+    "llama-gqa": ([[[3, 0, 1], [2]], [[1], [3, 0, 2]]], (9, 3)),  # of two query heads each
+    "llama-bias": (LOPSIDED, (12, 4)),  # as ten slots do not divide its hidden size of 96
+    "qwen2": (LOPSIDED, (10, 5)),
+    "gemma2": (LOPSIDED, (12, 4)),
+    "phi": (LOPSIDED, (10, 5)),
+    "phi3": (LOPSIDED, (10, 5)),
+}
+
+
+def _duplicated(name: str, cached_tokens: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """(reference, plain model with duplicates where they are cheaper)."""
+    model = wrap(copy.deepcopy(stock(name)), DUPLICATED[name][0])
+    reference = dense_reference(stock(name), model, DUPLICATED[name][0])
+    return reference, model.merge_and_unload(duplicate_kv_heads=True, cached_tokens=cached_tokens)
+
+
+@pytest.mark.parametrize("name", DUPLICATED)
+def test_heads_stored_twice_compute_the_same(name: str):
+    reference, plain = _duplicated(name, cached_tokens=0)
+    config, groups = plain.config, DUPLICATED[name][0]
+    assert (config.num_attention_heads, config.num_key_value_heads) == DUPLICATED[name][1]
+    assert config.num_key_value_heads > len(groups[0])
+    inputs = left_padded()
+    assert relative_error(plain, inputs, rows_alone(reference, inputs)) < TOLERANCE
+    cache = plain(**inputs, use_cache=True).past_key_values
+    assert {layer.keys.shape[1] for layer in cache.layers} == {config.num_key_value_heads}
+
+
+@pytest.mark.parametrize(("cached_tokens", "heads"), [(0, (10, 5)), (150, (12, 4)), (300, (15, 3)), (None, (10, 5))])
+def test_the_choice_is_the_cheapest_in_bytes(cached_tokens: int | None, heads: tuple[int, int]):
+    """By hand, in units of D: 2 E (slots + heads) + 2 heads tokens, E = 96, of 10/5, 12/4 and 15/3 slots/heads."""
+    reference, plain = _duplicated("llama", cached_tokens)
+    assert (plain.config.num_attention_heads, plain.config.num_key_value_heads) == heads
+    assert relative_error(plain, left_padded(), rows_alone(reference, left_padded())) < TOLERANCE
+    assert plain.config.max_position_embeddings < 90  # None stands for one sequence; from 96 tokens on 12/4 is cheaper
+
+
+def test_a_norm_over_all_stored_heads_forbids_duplicates():
+    model = wrap(copy.deepcopy(stock("olmo2")), LOPSIDED)
+    plain = model.merge_and_unload(duplicate_kv_heads=True, cached_tokens=0)
+    assert plain.config.num_key_value_heads == 3 and export_report(plain).other is None
+
+
+def test_duplicates_fit_where_padding_does_not():
+    overrides = {"attention_bias": True, "hidden_size": 80}  # 80 has no multiple of 3 up to 30, but 10 = 5 x 2
+    model = wrap(random_model(config_of(replace(CASES["llama"], overrides=overrides))), LOPSIDED)
+    before = model(prompt()).logits
+    plain = model.merge_and_unload(duplicate_kv_heads=True)
+    assert plain.config.num_key_value_heads == 5 and export_report(plain).other is None
+    assert (plain(prompt()).logits - before).abs().max() < TOLERANCE * before.abs().max()
+
+
+@pytest.mark.parametrize("duplicate", [False, True])
+def test_report_counts_what_the_models_hold_and_shows_both_choices(duplicate: bool):
+    plain = wrap(copy.deepcopy(stock("llama")), LOPSIDED).merge_and_unload(
+        duplicate_kv_heads=duplicate, cached_tokens=0
+    )
+    unchosen = wrap(copy.deepcopy(stock("llama")), LOPSIDED).merge_and_unload(
+        duplicate_kv_heads=not duplicate, cached_tokens=0
+    )
+    report = export_report(plain)
+    for counted, model in ((report.base, stock("llama")), (report.plain, plain), (report.other, unchosen)):
+        assert counted.parameters == model.num_parameters()
+        assert counted.parameter_bytes == sum(parameter.nbytes for parameter in model.parameters())
+        assert counted.model_class == type(model).__name__
+        assert counted.kv_bytes_per_token == kv_cache_bytes_per_token(model, torch.float32)
+        heads = (model.config.num_attention_heads, model.config.num_key_value_heads)
+        assert (counted.query_slots, counted.kv_heads) == heads
+    assert report.plain != report.other
+    later = export_report(plain, cached_tokens=1000)
+    assert later.plain.total_bytes(1000) - later.plain.parameter_bytes == 1000 * later.plain.kv_bytes_per_token
+    rows = [line.split() for line in str(report).splitlines()]
+    assert ["kv_heads", "8", str(report.plain.kv_heads), str(report.other.kv_heads)] in rows
+    assert json.loads(json.dumps(report.to_dict()))["plain"]["parameters"] == plain.num_parameters()
+
+
+def test_report_of_tied_bf16_and_equal_groups(exported):
+    plain = exported["llama-equal"].plain
+    report = export_report(plain)
+    assert report.other is None
+    assert report.plain.parameters == plain.num_parameters() == exported["llama-equal"].facts["parameters"]
+    assert report.base.parameters == stock("llama-equal").num_parameters()
+    half = export_report(copy.deepcopy(plain).bfloat16())
+    assert 2 * half.plain.parameter_bytes == report.plain.parameter_bytes
+    assert 2 * half.base.kv_bytes_per_token == report.base.kv_bytes_per_token
+
+
+def test_report_and_options_refuse_what_they_cannot_tell():
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        export_report(stock("llama"))
+    model = adapted("llama")
+    with pytest.raises(ValueError, match="cached_tokens=-1"):
+        model.merge_and_unload(duplicate_kv_heads=True, cached_tokens=-1)
+    assert model.merge_and_unload().config.num_key_value_heads == 3  # nothing had changed
+
+
+def test_shards_and_tied_weights_in_the_files(exported, tmp_path):
+    plain = exported["llama-equal"].plain
+    plain.save_pretrained(tmp_path, max_shard_size="40KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) == len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert "model.embed_tokens.weight" in index and "lm_head.weight" not in index
+    again = type(plain).from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in plain.state_dict().items())
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of all tensor storages that are alive, and the most there were."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.add([*model.parameters(), *model.buffers()])
+        self.start = self.peak = self.bytes()
+
+    def add(self, tensors) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self.alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+
+    def bytes(self) -> int:
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        return sum(size for _, size in self.alive.values())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.add(tree_leaves(result))
+        self.peak = max(self.peak, self.bytes())
+        return result
+
+
+def test_merging_holds_the_model_and_at_most_one_layer():
+    sizes = {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 688}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=6, **sizes)).bfloat16()
+    layer = sum(parameter.nbytes for parameter in base.model.layers[0].parameters())
+    model = wrap(base, [[[0, 1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12], [13, 14, 15]]] * 6)
+    with Storages(model) as storages:
+        plain = model.merge_and_unload()
+        merged = storages.bytes()
+    assert storages.peak - storages.start <= layer
+    held = sum(tensor.nbytes for tensor in [*plain.parameters(), *plain.buffers()])
+    assert merged < held + layer < storages.start  # the adapter and the base's K/V are gone
+    with Storages(plain) as storages:
+        _ = copy.deepcopy(plain)
+    assert storages.peak - storages.start > 5 * layer  # so much would have been seen

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from asymgqa_peft import initialize_asymgqa_weights
+from asymgqa_peft import hub, initialize_asymgqa_weights
 from asymgqa_peft.card import Conversion, base_licence, model_card
 from asymgqa_peft.hub import push_folder, save_adapter, save_merged
 
@@ -244,6 +244,40 @@ def test_recipe_keeps_an_earlier_output_when_it_fails(saved, monkeypatch):
     assert sorted(path.name for path in saved.iterdir()) == ["adapter", "base"]
 
 
+def test_recipe_copies_everything_a_loader_needs_and_reports_the_export(saved, monkeypatch, capsys):
+    LlamaForCausalLM.from_pretrained(saved / "base", dtype=torch.bfloat16).save_pretrained(saved / "base")
+    (saved / "base" / "tokenizer.model").write_bytes(b"sentences")
+    run_recipe(monkeypatch, saved / "adapter", "--output", saved / "plain", "--max-shard-size", "20KB")
+    names = {path.name for path in (saved / "plain").iterdir()}
+    assert {"generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert (saved / "plain" / "tokenizer.model").read_bytes() == b"sentences"
+    assert "model.safetensors.index.json" in names and len(list((saved / "plain").glob("*.safetensors"))) > 1
+    classes = [
+        json.loads((saved / part / "tokenizer_config.json").read_text())["tokenizer_class"]
+        for part in ("base", "plain")
+    ]
+    assert classes == ["TokenizersBackend", "PreTrainedTokenizerFast"]
+    config = json.loads((saved / "plain" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["num_key_value_heads"] == 2
+    assert not {"export_plan", "duplicate_kv_heads"} & config.keys()
+    report = json.loads((saved / "plain" / "export_report.json").read_text())
+    assert [report[which]["kv_heads"] for which in ("base", "plain", "other")] == [6, 2, 3]
+    assert ["kv_heads", "6", "2", "3"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_recipe_stores_heads_twice_only_where_asked(saved, monkeypatch):
+    """Groups of 4 and 2: two heads with four slots each, or three with two."""
+    options = ("--duplicate-kv-heads", "--cached-tokens", "0")
+    run_recipe(monkeypatch, saved / "adapter", "--output", saved / "plain", *options)
+    config = json.loads((saved / "plain" / "config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (6, 3)
+    assert config["architectures"] == ["LlamaForCausalLM"]  # no slot is empty
+    text = (saved / "plain" / "README.md").read_text()
+    assert "| distinct K/V heads per layer | 6 | 2 |" in text
+    assert "| K/V heads per layer in the cache | 6 | 3 |" in text
+    assert "| query slots, empty ones included | 6 | 6 |" in text and "a KV cache of 50% of the base's" in text
+
+
 @pytest.mark.parametrize("family", BASES)
 def test_adapter_card_states_the_groups_and_what_is_unknown(family):
     model = wrap(BASES[family](), adapter_config(GROUPS[family]))
@@ -285,6 +319,33 @@ def test_saved_folders_keep_our_card_and_local_paths_stay_unpublished(tmp_path):
     text = (tmp_path / "plain" / "README.md").read_text()
     assert "`base` (a local folder)" in text and str(tmp_path) not in text
     assert ModelCard(text).data.license_name == "tiny" and ModelCard(text).data.license_link is None
+
+
+def test_saved_folders_are_whole_or_absent_and_never_mixed(tmp_path, monkeypatch):
+    model = wrap(tiny_llama(), adapter_config(GROUPS["llama"]))
+    conversion = Conversion.of(model)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "model-00001-of-00002.safetensors").write_bytes(b"of another")
+    (tmp_path / "empty").mkdir()
+
+    def disk_full(folder, text):
+        assert list(Path(folder).glob("*.safetensors"))  # late enough
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hub, "write_card", disk_full)
+        for folder in ("adapter", "empty"):
+            with pytest.raises(OSError, match="disk full"):
+                save_adapter(model, None, tmp_path / folder, base_model="them/base")
+        plain = model.merge_and_unload()
+        with pytest.raises(OSError, match="disk full"):
+            save_merged(plain, None, tmp_path / "plain", conversion)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
+    assert not list((tmp_path / "empty").iterdir())
+    with pytest.raises(ValueError, match="full' holds something already"):
+        save_merged(plain, None, tmp_path / "full", conversion)
+    save_merged(plain, None, tmp_path / "empty", conversion)
+    assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in (tmp_path / "empty").iterdir()}
 
 
 def test_another_adapter_name_is_saved_where_loaders_look(tmp_path):

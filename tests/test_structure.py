@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "asymgqa_peft"
 ORDER = [
     "groups",
     "families",
+    "threads",
     "statistics",
     "merge",
     "search",
@@ -25,6 +26,7 @@ ORDER = [
     "initialize",
     "trainer",
     "evaluate",
+    "footprint",
     "card",
     "hub",
     "plotting",
