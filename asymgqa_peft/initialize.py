@@ -100,9 +100,10 @@ def initialize_asymgqa_weights(
 
     The model is walked as GPTQ walks it. Two streams of hidden states run through it, the original model's and the
     converted one's; at each layer, statistics of the original give groups and shared heads, and o_proj's LoRA starts
-    from the change that best reproduces the original attention output on the converted stream. Both streams lie in
-    main memory between layers, with one layer's targets (3 x tokens x hidden size); one batch and one layer's sums lie
-    on the layer's device. All LoRA of the adapter starts anew, a second call therefore initialises again.
+    from the change that best reproduces the original attention output on the converted stream. Both streams and one
+    layer's targets (3 x tokens x hidden size) lie on the GPU where they take at most half of what is free there, in
+    main memory otherwise; one batch and one layer's sums lie on the layer's device. Small eigenproblems run on the
+    CPU, in as many threads as torch may use. All LoRA of the adapter starts anew: a second call initialises again.
     Under grouping="neighbour" or "random" the adapter's groups, given ones included, are kept; otherwise searched.
 
     With several ranks each passes its own batches; sums are reduced, so that all end with the same groups and weights.
@@ -135,7 +136,7 @@ class _Stop(Exception):
 
 
 class _Streams:
-    """Calibration batches and their hidden states, on the CPU between layers.
+    """Calibration batches and their hidden states, in one place between layers.
 
     ``calls[layer][batch]`` holds the arguments besides hidden states that the model calls a layer with. They do not
     depend on the hidden states, and layers share them.
@@ -147,16 +148,19 @@ class _Streams:
         self.calls: dict[int, list[tuple[tuple, dict]]] = defaultdict(list)
         self.original: list[Tensor] = []
         self.current: list[Tensor] = []
+        self.home = torch.device("cpu")
 
     def capture(self, model: nn.Module, layers: list[nn.Module]) -> None:
-        """Run every batch through the original model, up to its last layer."""
+        """Run every batch through the original model, up to its last layer; all but the first pass layers by."""
 
         def keep(index: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             self.calls[index].append((args[1:], rest))
             if index == 0:
-                self.original.append(hidden.cpu())
+                if not self.original:
+                    self.home = _home_of_streams(hidden, sum(batch["input_ids"].numel() for batch in self.batches))
+                self.original.append(hidden.to(self.home))
             if index == len(layers) - 1:
                 raise _Stop
 
@@ -166,12 +170,15 @@ class _Streams:
         ]
         device = model.get_input_embeddings().weight.device
         try:
-            for batch in self.batches:
-                try:
-                    model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
-                except _Stop:
-                    continue
-                raise ValueError("the model's forward does not run all of its attention layers: it is not supported.")
+            with _passing_by(layers):
+                for batch in self.batches:
+                    try:
+                        model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+                    except _Stop:
+                        continue
+                    raise ValueError(
+                        "the model's forward does not run all of its attention layers: it is not supported."
+                    )
         finally:
             for handle in handles:
                 handle.remove()
@@ -190,6 +197,39 @@ class _Streams:
 
         for batch in range(len(stream)):
             yield batch, partial(call, batch)
+
+
+@contextmanager
+def _passing_by(layers: list[nn.Module]) -> Iterator[None]:
+    """Layers run once, which tells what they return beside hidden states; from then on those pass unchanged."""
+
+    def passing(forward: Callable, seen: list, *args, **kwargs):
+        if not seen:
+            seen.append(forward(*args, **kwargs))
+            return seen[0]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *seen[0][1:]) if isinstance(seen[0], tuple) else hidden
+
+    own = [vars(layer).get("forward") for layer in layers]  # accelerate's, on a model spread over devices
+    for layer in layers:
+        layer.forward = partial(passing, layer.forward, [])
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _home_of_streams(hidden: Tensor, tokens: int) -> torch.device:
+    """Where hidden states of so many tokens lie between layers: on their GPU if three take half of what is free."""
+    if not hidden.is_cuda:
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info(hidden.device)
+    unused = torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
+    needed = 3 * tokens * hidden.shape[-1] * hidden.itemsize
+    return hidden.device if needed <= (free + unused) / 2 else torch.device("cpu")
 
 
 class _Walk:
@@ -265,54 +305,63 @@ class _Walk:
             weights = AttentionWeights(**site.weights())
             _check_finite(weights)
             with self._timed("statistics"):
-                entering = self.streams.original
                 moments, targets = self._observe(site, weights)
+            with self._timed("pair costs"):
+                principal = pair_costs(moments, site.shape, "residual", "principal")
             with self._timed("search"):
-                partition, cost, neighbour_cost = self._group(moments, index)
+                partition, cost, neighbour_cost = self._group(moments, principal, index)
+                similarity = head_similarity(moments, principal)
             with self._timed("merge"):
                 merged = merge_layer(moments, weights, partition, site.shape, self.config.merge)
                 self._write(site, partition, merged)
-                similarity = head_similarity(moments)
             del moments
             with self._timed("refit"):
-                self._refit(site, weights.output, self._with_drift(site, targets, entering))
+                self._refit(site, weights.output, targets)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from error
         if index + 1 < len(self.sites):
             with self._timed("converted stream"):
                 for batch, call in self.streams.through(layer, index, self.streams.current):
-                    self.streams.current[batch] = call().cpu()
+                    self.streams.current[batch] = call().to(self.streams.home)
         del self.streams.calls[index]
         return partition, cost, neighbour_cost, similarity
 
     def _observe(self, site: AttentionSite, weights: AttentionWeights) -> tuple[LayerMoments, list[Tensor]]:
-        """Advance the original stream by one layer; statistics and, per batch, o_proj's outputs without bias."""
+        """Advance the original stream by one layer; statistics, on the CPU, and the refit's targets per batch."""
         layer, streams = self.layers[site.layer], self.streams
         statistics = LayerStatistics(site.shape, weights.output.device)
         bias = _base(site.output).bias
-        targets, advanced = [], list(streams.original)
+        targets = []
         with self.model.disable_adapter(), recording({**_sources(site), "output": site.output}) as record:
             for batch, call in streams.through(layer, site.layer, streams.original):
-                advanced[batch] = call().cpu()
+                entering, streams.original[batch] = streams.original[batch], call().to(streams.home)
                 statistics.update(*_heads(site, record), mask=streams.masks[batch])
-                targets.append((record["output"] if bias is None else record["output"] - bias).cpu())
-        streams.original = advanced
+                target = (record["output"] if bias is None else record["output"] - bias).to(streams.home)
+                targets.append(target + self._drift(site, entering, streams.current[batch]))
         statistics.reduce()
-        return statistics.moments(weights.output), targets
+        return statistics.moments(weights.output).to("cpu"), targets
 
-    def _group(self, moments: LayerMoments, index: int) -> tuple[Partition, float, float]:
-        """The layer's groups: kept if they need no data, searched otherwise."""
+    def _drift(self, site: AttentionSite, original: Tensor, current: Tensor) -> Tensor | float:
+        """What the converted stream has lost on the original one before this layer.
+
+        o_proj's output is added to the stream, so the refit can make up for earlier layers too.
+        """
+        return original - current if site.family.plain_residual else 0.0
+
+    def _group(self, moments: LayerMoments, principal: Tensor, index: int) -> tuple[Partition, float, float]:
+        """The layer's groups: kept if they need no data, searched otherwise. `principal`: principal pair costs."""
         config, shape = self.config, self.shape
         costs = partial(group_costs, moments, shape=shape, criterion=config.criterion, merge=config.merge)
         if config.grouping in ("symmetric", "asymmetric"):
+            known = (config.criterion, config.merge) == ("residual", "principal")
             found = search_partition(
-                lambda groups: costs(groups).cpu(),
+                costs,
                 shape.base_kv_heads,
                 config.num_key_value_heads,
                 self.cap,
                 symmetric=config.grouping == "symmetric",
                 seed=config.seed,
-                pair_costs=pair_costs(moments, shape, config.criterion, config.merge).cpu(),
+                pair_costs=principal if known else pair_costs(moments, shape, config.criterion, config.merge),
             )
             return found.partition, found.cost, found.neighbour_cost
         partition = self.tuner.head_groups(self.adapter).layers[index]
@@ -330,18 +379,8 @@ class _Walk:
             scale = norm.get_base_layer().weight.detach().unflatten(0, (-1, site.shape.head_dim))
             norm.lora_norm[self.adapter].weight.copy_(mean_over_groups(scale, partition))
 
-    def _with_drift(self, site: AttentionSite, targets: list[Tensor], entering: list[Tensor]) -> list[Tensor]:
-        """o_proj's targets, plus what the converted stream has lost on the original one before this layer.
-
-        o_proj's output is added to the stream, so the refit can make up for earlier layers too.
-        """
-        if not site.family.plain_residual:
-            return targets
-        drift = zip(targets, entering, self.streams.current, strict=True)
-        return [target + (original - current) for target, original, current in drift]
-
-    def _refit(self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor]) -> None:
-        """Start o_proj's LoRA from the least-squares fit of the original outputs on the converted stream."""
+    def _refit(self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor | None]) -> None:
+        """Start o_proj's LoRA from the least-squares fit of the targets on the converted stream; uses them up."""
         if reason := self._no_refit(site):
             self.notes[reason].append(site.layer)
             return
@@ -350,6 +389,7 @@ class _Walk:
 
         def collect(_module: nn.Module, args: tuple) -> None:
             refit.update(args[0], targets[batch], streams.masks[batch])
+            targets[batch] = None  # its memory is needed to solve
             raise _Stop
 
         handle = _base(site.output).register_forward_pre_hook(collect)

@@ -23,6 +23,7 @@ from torch import Tensor
 from .families import HeadShape
 from .groups import Group, Partition, query_heads
 from .statistics import LayerMoments
+from .threads import map_in_threads
 
 Merge = Literal["mean", "aligned", "principal"]
 Criterion = Literal["cosine", "residual"]
@@ -97,12 +98,16 @@ def merge_layer(
     query_mix = torch.eye(rest).to(key).repeat(heads, 1, 1)
     value_mix = torch.eye(dim).to(key).repeat(heads, 1, 1)
     shared_keys, shared_values = [], []
-    for group in partition:
+
+    def maps(group: Group) -> list[Tensor]:
+        members = torch.tensor([group], device=key.device if moments is None else moments.key_gram.device)
+        key_maps = _key_maps(moments, members, shape, key_merge)
+        pass_maps = _pass_maps(moments, members, shape, key_merge)
+        return [*key_maps, *pass_maps, *_value_maps(moments, members, shape, value_merge)]
+
+    for group, found in zip(partition, map_in_threads(maps, partition), strict=True):
         queries = query_heads(group, shape.queries_per_kv)
-        members = torch.tensor([group], device=key.device)
-        encode, decode = _key_maps(moments, members, shape, key_merge)
-        pass_encode, pass_decode = _pass_maps(moments, members, shape, key_merge)
-        value_encode, value_decode = _value_maps(moments, members, shape, value_merge)
+        encode, decode, pass_encode, pass_decode, value_encode, value_decode = (m.to(key.device) for m in found)
         shared_keys.append(_encode_key(key[list(group)], encode[0], pass_encode[0], shape))
         shared_values.append(value_encode[0] @ value[list(group)].flatten(0, 1))
         # Re(q conj(b s)) = Re(q conj(b) conj(s)); q . (B s) = (B^T q) . s; v = B s.
@@ -145,20 +150,25 @@ def group_costs(
     """
     costs = torch.zeros(len(groups), dtype=torch.float64, device=moments.key_gram.device)
     by_size: dict[int, list[int]] = {}
+    parts: list[list[int]] = []
     for index, group in enumerate(groups):
         by_size.setdefault(len(group), []).append(index)
     for size, indices in by_size.items():
         if size == 1:
             continue
         largest = max((size * shape.head_dim) ** 2, size**2 * shape.rotary_dim)
-        chunk = max(1, _CHUNK_ELEMENTS // largest)
-        for start in range(0, len(indices), chunk):
-            part = indices[start : start + chunk]
-            members = torch.tensor([tuple(groups[index]) for index in part], device=costs.device)
-            if criterion == "cosine":
-                costs[part] = _cosine_costs(moments, members)
-            else:
-                costs[part] = _residual_costs(moments, members, shape, merge, key_weight, value_weight)
+        chunk = max(1, min(_CHUNK_ELEMENTS // largest, math.ceil(len(indices) / torch.get_num_threads())))
+        parts += [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
+
+    def evaluate(part: list[int]) -> Tensor:
+        members = torch.tensor([tuple(groups[index]) for index in part], device=costs.device)
+        if criterion == "cosine":
+            return _cosine_costs(moments, members)
+        return _residual_costs(moments, members, shape, merge, key_weight, value_weight)
+
+    parts.sort(key=lambda part: -len(groups[part[0]]))  # the largest problems first, or all wait for the last one
+    for part, found in zip(parts, map_in_threads(evaluate, parts), strict=True):
+        costs[part] = found
     return costs
 
 
@@ -183,8 +193,10 @@ def pair_costs(
     return costs + costs.T
 
 
-def head_similarity(moments: LayerMoments) -> tuple[Tensor, Tensor]:
+def head_similarity(moments: LayerMoments, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """How alike any two heads are, before and after choosing their bases: two (K, K), 1 where they are the same.
+
+    ``pairs`` are the principal residual ``pair_costs``.
 
     Before: mean cosine of keys and of values. After: 1 - (what the pair loses by the best sharing) / (energy of the
     weaker of the two), in the units of `group_costs`; 0 where the weaker head would have to be dropped.
@@ -195,7 +207,7 @@ def head_similarity(moments: LayerMoments) -> tuple[Tensor, Tensor]:
     value = moments.value_cov.diagonal().unflatten(0, (shape.base_kv_heads, shape.head_dim)).sum(-1)
     energy = KEY_WEIGHT * (rotary + rest) / moments.key_energy + VALUE_WEIGHT * value / moments.value_energy
     weaker = torch.minimum(energy[:, None], energy).clamp_min(torch.finfo(energy.dtype).tiny)
-    after = 1 - pair_costs(moments, shape, "residual", "principal") / weaker
+    after = 1 - pairs / weaker
     return (moments.key_cosine + moments.value_cosine) / 2, after
 
 
@@ -250,6 +262,9 @@ def _tail_energy(matrix: Tensor, rank: int) -> Tensor:
     """Sum of all but the ``rank`` largest eigenvalues of Hermitian (..., M, M)."""
     if matrix.shape[-3:-2] == (0,):  # no rotary frequency
         return matrix.new_zeros(matrix.shape[:-2], dtype=torch.float64)
+    if matrix.shape[-1] == 2 and rank == 1:  # thousands per layer: one per pair of heads and frequency
+        first, second = torch.diagonal(matrix, dim1=-2, dim2=-1).real.unbind(-1)
+        return ((first + second) / 2 - torch.hypot((first - second) / 2, matrix[..., 0, 1].abs())).clamp_min(0)
     return torch.linalg.eigvalsh(matrix)[..., :-rank].clamp_min(0).sum(-1)
 
 
@@ -357,7 +372,7 @@ def _mean_maps(members: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def _vector_maps(weighted: Tensor, root: Tensor, members: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
     dim = root.shape[-1]
     second, roots = _block(weighted, members, dim), root[members]
-    inverse = torch.linalg.inv(root)[members]
+    inverse = torch.linalg.inv(roots)
     if merge == "principal":
         basis = torch.linalg.eigh(second)[1][..., -dim:]
         encode, decode = _times_blocks(basis.mT, roots), _times_blocks(basis.mT, inverse).mT

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import NamedTuple, TypeVar
 
@@ -106,6 +106,9 @@ class _Exchange(NamedTuple):
         return tuple(sorted((*kept, *self.after)))
 
 
+_KnownChanges = dict[tuple[Group, Group], list[float]]  # two groups -> what each of their exchanges adds
+
+
 @dataclass(frozen=True)
 class _Space:
     """The admissible partitions: K heads in G groups of ``least`` to ``greatest`` heads.
@@ -117,6 +120,7 @@ class _Space:
     num_groups: int
     least: int
     greatest: int
+    listed: dict[tuple[Group, Group], list[_Exchange]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def checked(cls, base_kv_heads: int, num_groups: int, max_group_size: int, symmetric: bool) -> _Space:
@@ -167,19 +171,23 @@ class _Space:
 
     def exchanges(self, partition: Partition) -> list[_Exchange]:
         """Every swap of two heads and every move of one head that the sizes admit."""
-        found = []
-        for first, second in combinations(partition, 2):
-            pair = (first, second)
+        return [exchange for pair in combinations(partition, 2) for exchange in self.between(pair)]
+
+    def between(self, pair: tuple[Group, Group]) -> list[_Exchange]:
+        """Exchanges of two groups, listed once: a step leaves all but two groups of a partition as they are."""
+        if pair not in self.listed:
+            first, second = pair
+            rests = [(other, _without(second, other)) for other in second]
+            found = []
             for head in first:
                 without = _without(first, head)
-                found += [
-                    _Exchange(pair, (_with(without, other), _with(_without(second, other), head))) for other in second
-                ]
+                found += [_Exchange(pair, (_with(without, other), _with(rest, head))) for other, rest in rests]
             if len(first) > self.least and len(second) < self.greatest:
                 found += [_Exchange(pair, (_without(first, head), _with(second, head))) for head in first]
             if len(second) > self.least and len(first) < self.greatest:
                 found += [_Exchange(pair, (_with(first, head), _without(second, head))) for head in second]
-        return found
+            self.listed[pair] = found
+        return self.listed[pair]
 
 
 class _ExactCosts:
@@ -236,12 +244,12 @@ class _PairSurrogate:
         self._known: dict[Group, float] = {}
 
     def __call__(self, groups: Sequence[Group]) -> list[float]:
-        return [self._estimate(group) for group in groups]
+        known = self._known  # asked for millions of times
+        return [known[group] if group in known else self._estimate(group) for group in groups]
 
     def _estimate(self, group: Group) -> float:
-        if group not in self._known:
-            pairs = sum(self._pairs[i][j] for i, j in combinations(group, 2))
-            self._known[group] = self._scale.get(len(group), 1.0) * 2 / len(group) * pairs
+        pairs = sum(self._pairs[i][j] for i, j in combinations(group, 2))
+        self._known[group] = self._scale.get(len(group), 1.0) * 2 / len(group) * pairs
         return self._known[group]
 
     def calibrate(self, exact: _ExactCosts, max_group_size: int, generator: random.Random) -> None:
@@ -322,21 +330,43 @@ def _local_optima(space: _Space, score: Score, seed: int) -> tuple[list[Partitio
     starts = [space.neighbour, _agglomerate(space, score)]
     starts += [space.shuffled(generator) for _ in range(RESTARTS)]
     tolerance = _tolerance(starts, score)
-    return [space.neighbour, *(_descend(space, start, score, tolerance) for start in starts)], tolerance
+    known: _KnownChanges = {}
+    return [space.neighbour, *(_descend(space, start, score, tolerance, known) for start in starts)], tolerance
 
 
-def _descend(space: _Space, partition: Partition, score: Score, tolerance: float) -> Partition:
-    """Apply the best exchange until none improves."""
-    while best := _best_exchange(partition, space.exchanges(partition), score, tolerance):
+def _descend(space: _Space, partition: Partition, score: Score, tolerance: float, known: _KnownChanges) -> Partition:
+    """Apply the best exchange until none improves. ``known`` carries what was computed from one call to the next."""
+    while best := _best_of_all(space, partition, score, tolerance, known):
         partition = best.apply(partition)
     return partition
+
+
+def _best_of_all(
+    space: _Space, partition: Partition, score: Score, tolerance: float, known: _KnownChanges
+) -> _Exchange | None:
+    """`_best_exchange` of all exchanges; a step leaves all but two groups as they are, and their pairs are known."""
+    pairs = list(combinations(partition, 2))
+    missing = [pair for pair in pairs if pair not in known]
+    listed = [space.between(pair) for pair in missing]
+    changes = iter(_changes([exchange for exchanges in listed for exchange in exchanges], score))
+    for pair, exchanges in zip(missing, listed, strict=True):
+        known[pair] = [next(changes) for _ in exchanges]
+    limit = min((min(known[pair], default=0.0) for pair in pairs), default=0.0) + tolerance
+    promising = [pair for pair in pairs if min(known[pair], default=0.0) <= limit]
+    exchanges = [exchange for pair in promising for exchange in space.between(pair)]
+    return _first_of_best(partition, exchanges, [change for pair in promising for change in known[pair]], tolerance)
 
 
 def _best_exchange(
     partition: Partition, exchanges: Sequence[_Exchange], score: Score, tolerance: float
 ) -> _Exchange | None:
     """The exchange that saves most, if more than the tolerance; of tied ones, the first result in order of groups."""
-    changes = _changes(exchanges, score)
+    return _first_of_best(partition, exchanges, _changes(exchanges, score), tolerance)
+
+
+def _first_of_best(
+    partition: Partition, exchanges: Sequence[_Exchange], changes: Sequence[float], tolerance: float
+) -> _Exchange | None:
     best = min(changes, default=0.0)
     tied = [
         exchange

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .families import HeadShape
+from .threads import map_in_threads
 
 _ROOT_FLOOR = 1e-8
 """Least eigenvalue of a metric, relative to its largest: the root has an inverse, whatever the weights."""
@@ -70,12 +71,14 @@ class LayerMoments:
     def to(self, device: torch.device | str) -> LayerMoments:
         """The same moments on another device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return LayerMoments(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        if self.key_gram.is_cuda:  # through pinned memory, which is ten times as fast, but has to be waited for
+            torch.cuda.synchronize(self.key_gram.device)
+        return LayerMoments(**values | moved)
 
 
 class LayerStatistics:
-    """Accumulates one layer's sums over batches. Sums are float64; the products of a batch are float32 where the
-    activations are of 16 bits, which is more than their own precision, and float64 otherwise.
+    """Accumulates one layer's sums over batches. Sums are float64; a batch's products are those of `outer_sum`.
 
     Args:
         shape: the layer's shape.
@@ -110,20 +113,19 @@ class LayerStatistics:
             value: (B, T, K D).
             mask: (B, T), nonzero at tokens that count; None counts all.
         """
-        shape = self.shape
-        keep = torch.ones(query.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        dtype = torch.float64 if query.dtype in (torch.float32, torch.float64) else torch.float32
-        device = self._sums["tokens"].device
+        shape, device = self.shape, self._sums["tokens"].device
+        query, key, value = (counted(activation, mask).to(device) for activation in (query, key, value))
+        self._sums["tokens"] += len(key)
+        self._sums["value_outer"] += outer_sum(value, value)
+        dtype = product_dtype(query)
 
-        def heads(activation: Tensor, count: int) -> Tensor:  # -> (N, count, D), N tokens that count
-            return activation[keep.to(activation.device)].to(device, dtype).unflatten(-1, (count, shape.head_dim))
+        def heads(activation: Tensor, count: int) -> Tensor:  # (N, count D) -> (N, count, D)
+            return activation.to(dtype).unflatten(-1, (count, shape.head_dim))
 
         query = heads(query, shape.num_attention_heads)
         key, value = heads(key, shape.base_kv_heads), heads(value, shape.base_kv_heads)
-        self._sums["tokens"] += len(key)
         self._add_rotary(rotary_part(query, shape), rotary_part(key, shape))
         self._add_pass(query[..., shape.rotary_dim :], key[..., shape.rotary_dim :])
-        self._sums["value_outer"] += _outer(value.flatten(1))
         self._sums["key_cosine"] += _cosine_sum(key)
         self._sums["value_cosine"] += _cosine_sum(value)
 
@@ -137,7 +139,7 @@ class LayerStatistics:
         kv_heads, queries = self.shape.base_kv_heads, self.shape.queries_per_kv
         query = query.unflatten(1, (kv_heads, queries)).transpose(0, 1).flatten(1, 2)  # (K, N r, P)
         self._sums["query_pass"] += query.mT @ query
-        self._sums["key_pass"] += _outer(key.flatten(1))
+        self._sums["key_pass"] += outer_sum(key.flatten(1), key.flatten(1))
         self._sums["key_pass_sum"] += key.flatten(1).sum(0)
 
     @property
@@ -195,11 +197,33 @@ def output_metric(output_weight: Tensor, shape: HeadShape) -> Tensor:
     return torch.einsum("ekrd,ekrc->kdc", per_head, per_head)
 
 
+def product_dtype(activation: Tensor) -> torch.dtype:
+    """dtype of products of activations: float64, float32 for those of 16 bits, whose products it holds exactly."""
+    return torch.float64 if activation.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def outer_sum(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over tokens of outer products: (N, M), (N, P) -> (M, P) in `product_dtype`.
+
+    On a GPU, 16-bit activations go into the product as they are, ten times as fast as in float32 and as accurate: both
+    multiply them exactly and add up in float32.
+    """
+    dtype = product_dtype(left)
+    if left.is_cuda and left.dtype == right.dtype and dtype == torch.float32:
+        return torch.mm(left.T, right, out_dtype=dtype)
+    return left.to(dtype).T @ right.to(dtype)
+
+
+def counted(activation: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens that count: (B, T, M) and a mask (B, T), nonzero where they do, or None for all -> (N, M)."""
+    return activation.flatten(0, 1) if mask is None else activation[mask.bool().to(activation.device)]
+
+
 def metric_root(metric: Tensor) -> Tensor:
     """Symmetric root of positive semi-definite (..., N, N), with eigenvalues floored so that it can be inverted."""
     if metric.shape[-1] == 0:
         return metric
-    values, vectors = torch.linalg.eigh(_hermitian(metric))
+    values, vectors = _eigh_of_each(_hermitian(metric))
     # Relative to the heaviest head too: a head that nothing reads must not get a root that underflows.
     floor = _ROOT_FLOOR * torch.maximum(values[..., -1:], values.max() * _ROOT_FLOOR)
     values = torch.maximum(values, floor.clamp_min(_TINY))
@@ -252,13 +276,16 @@ def recording(
         )
 
 
-def _outer(flat: Tensor) -> Tensor:  # (N, M) -> (M, M)
-    return flat.T @ flat
-
-
 def _cosine_sum(heads: Tensor) -> Tensor:  # (N, K, D) -> (K, K)
-    unit = nn.functional.normalize(heads, dim=-1).transpose(0, 1).flatten(1)
-    return unit @ unit.T
+    unit = nn.functional.normalize(heads, dim=-1).permute(2, 1, 0)  # D products of (K, N): one alone idles a GPU
+    return (unit @ unit.mT).sum(0)
+
+
+def _eigh_of_each(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """torch.linalg.eigh of (..., N, N) on the CPU, in threads."""
+    parts = matrices.cpu().flatten(0, -3).split(1) if matrices.dim() > 2 else [matrices.cpu()]
+    values, vectors = (torch.cat(part) for part in zip(*map_in_threads(torch.linalg.eigh, parts), strict=True))
+    return values.view(matrices.shape[:-1]).to(matrices.device), vectors.view(matrices.shape).to(matrices.device)
 
 
 def _floor(energy: Tensor) -> Tensor:
