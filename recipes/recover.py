@@ -2,31 +2,37 @@
 
     python recipes/recover.py --config recipes/configs/llama2_7b.yaml
     python recipes/recover.py --config recipes/configs/tiny.yaml --num_key_value_heads 8 --max_steps 20
+    python recipes/recover.py --config recipes/configs/llama2_7b.yaml --resume_from_checkpoint true
+    accelerate launch --config_file recipes/configs/accelerate/fsdp2.yaml recipes/recover.py --config ...
 
 Every key of the YAML file is an option and can be overridden on the command line; those of TRL's SFTConfig
 (learning_rate, max_length, packing, ...) are options too. Under `accelerate launch` every process runs this script.
-The result lies in `output_dir`: `adapter/`, `plain/` (merged), `initialization.json`.
+The result lies in `output_dir`: `adapter/`, `plain/` (merged), `initialization.json`, `evaluation.json`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import merge_and_push
 import torch
+from checkpoints import checkpoint_bytes, checkpoint_to_resume, held_bytes, is_finished
 from datasets import Dataset, load_dataset
-from folders import check_writable
-from peft import get_peft_model, prepare_model_for_kbit_training
+from folders import check_space, check_writable, replacing, write_json
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from reporting import print_report
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers.integrations import is_fsdp_enabled, unset_hf_deepspeed_config
 from trl import SFTConfig, TrlParser
 
-from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, initialize_asymgqa_weights
+from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, InitializationReport, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
-from asymgqa_peft.hub import check_push_target, push_adapter_to_hub
+from asymgqa_peft.hub import check_push_target
 
 
 @dataclass
@@ -69,67 +75,173 @@ class Data:
     held_out: torch.Tensor
 
 
+Start = tuple[PeftModel, InitializationReport, list[dict]]
+"""An adapter ready to be trained, how it was initialised, and what it and its base were measured at."""
+INITIALIZATION, EVALUATION = "initialization.json", "evaluation.json"
+
+
 def main(arguments: list[str] | None = None) -> None:
     args, training = TrlParser((ConversionArguments, SFTConfig)).parse_args_and_config(arguments)
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard, on loading, weights that the initialisation has to read
     output = check_writable(training.output_dir)
-    for repo_id in filter(None, (args.hub_adapter_id, args.hub_merged_id)):
-        check_push_target(repo_id)
+    check_hub_targets(args)
+    with training.main_process_first(local=False, desc="choosing the checkpoint"):  # it renames half-written ones
+        checkpoint = checkpoint_to_resume(training)
+    check_space(output, bytes_to_write(args, training) - held_bytes(output))
     set_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    data = load_data(args, training, tokenizer)
-    model = get_peft_model(load_base(args, training), adapter_config(args, training))
-    if training.process_index == 0:
+    with training.main_process_first(desc="reading the data"):
+        data = load_data(args, training, tokenizer)
+    if checkpoint:
+        model, report, rows = resume(checkpoint, args, training)
+    else:
+        model, report, rows = initialise(args, training, data)
+    first = training.process_index == 0
+    if first:
+        report.save(output / INITIALIZATION)
+        write_json(output / EVALUATION, rows)
         model.print_trainable_parameters()
+    save = partial(save_loaded, model, tokenizer, first)
+    if not (checkpoint and is_finished(checkpoint, training)):
+        model, save = train(model, tokenizer, data.train, checkpoint, args, training)
+    save_adapter(save, output / "adapter", first)
+    recovered = perplexity(model, data.held_out.split(args.calibration_batch_size))
+    rows.append({**rows[-1], "model": "recovered", "held-out perplexity": recovered})
+    del model, save  # the merge loads the base afresh: a 4-bit or sharded one could not hold the new heads
+    leave_process_group(training)
+    if first:
+        write_json(output / EVALUATION, rows)
+        print_report(rows, device=training.device, arguments=vars(args))
+        publish(args, output)
 
-    batches = data.calibration.split(args.calibration_batch_size)
+
+def check_hub_targets(args: ConversionArguments) -> None:
+    """Find out before any work whether the pushes at the end can succeed."""
+    if args.hub_adapter_id and Path(args.model_name_or_path).exists():
+        raise SystemExit(
+            f"hub_adapter_id={args.hub_adapter_id!r}: nobody could load the adapter, its base "
+            f"{args.model_name_or_path!r} is a folder of yours. Give the base by its Hub id, or push later with "
+            "merge_and_push.py --adapter-only --base-model OWNER/NAME."
+        )
+    for repo_id in filter(None, (args.hub_adapter_id, args.hub_merged_id)):
+        check_push_target(repo_id)
+
+
+def bytes_to_write(args: ConversionArguments, training: SFTConfig) -> int:
+    """What the run will have on disk at its fullest moment; from the base's configuration alone."""
+    config = AutoConfig.from_pretrained(args.model_name_or_path)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+        plain = base.num_parameters() * (2 if args.load_in_4bit else (config.dtype or torch.float32).itemsize)
+        model = get_peft_model(base, adapter_config(args, training), low_cpu_mem_usage=True)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    adapters = 4 * trained * (2 if args.hub_adapter_id else 1)
+    plain = plain if args.save_plain or args.hub_merged_id else 0
+    return adapters + checkpoint_bytes(training, trained) + plain
+
+
+def initialise(args: ConversionArguments, training: SFTConfig, data: Data) -> Start:
+    """Wrap the base and initialise the adapter; each process reads its share of the calibration data."""
+    model = get_peft_model(load_base(args, training), adapter_config(args, training))
+    batches = data.calibration.split(args.calibration_batch_size)[training.process_index :: training.world_size]
     report = initialize_asymgqa_weights(model, batches, progress=training.process_index == 0)
     held_out = data.held_out.split(args.calibration_batch_size)
     with model.disable_adapter():
-        base_perplexity = perplexity(model, held_out)
-    initial_perplexity = perplexity(model, held_out)
+        before = perplexity(model, held_out)
+    numbers = (("base", model.config, before), ("initialised", model, perplexity(model, held_out)))
+    rows = [
+        {
+            "model": name,
+            "held-out perplexity": value,
+            "KV bytes/token": kv_cache_bytes_per_token(cached, torch.bfloat16),
+        }
+        for name, cached, value in numbers
+    ]
+    return model, report, rows
 
+
+def resume(checkpoint: Path, args: ConversionArguments, training: SFTConfig) -> Start:
+    """Wrap the base with the checkpoint's adapter, which holds the groups: nothing is initialised again."""
+    run = checkpoint.parent
+    if missing := [name for name in (INITIALIZATION, EVALUATION) if not (run / name).is_file()]:
+        raise SystemExit(f"{run} lacks {', '.join(missing)}: {checkpoint.name} is not of this recipe.")
+    saved, wanted = PeftConfig.from_pretrained(checkpoint), adapter_config(args, training)
+    for name in ("num_key_value_heads", "grouping", "criterion", "merge", "max_group_size", "r", "lora_alpha"):
+        if getattr(saved, name, None) != getattr(wanted, name):
+            raise SystemExit(
+                f"{checkpoint} was trained with {name}={getattr(saved, name, None)!r}, now it is "
+                f"{getattr(wanted, name)!r}: set it back, or start anew in another --output_dir."
+            )
+    model = PeftModel.from_pretrained(load_base(args, training), checkpoint, is_trainable=True)
+    rows = json.loads((run / EVALUATION).read_text(encoding="utf-8"))[:2]
+    return model, InitializationReport.load(run / INITIALIZATION), rows
+
+
+def train(
+    model: PeftModel, tokenizer, rows: Dataset, checkpoint: Path | None, args: ConversionArguments, training: SFTConfig
+) -> tuple[torch.nn.Module, Callable[[str], None]]:
+    """Recover; returns the model, which may now be sharded, and what saves its adapter if all processes call it."""
     trainer = AsymGQATrainer(
         model=model,
         args=training,
-        train_dataset=data.train,
+        train_dataset=rows,
         processing_class=tokenizer,
         distillation_weight=args.distillation_weight,
         temperature=args.temperature,
         kv_learning_rate_scale=args.kv_learning_rate_scale,
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(str(output / "adapter"))
-    recovered_perplexity = perplexity(model, held_out)
-    if not trainer.is_world_process_zero():
-        return
-    numbers = {"base": base_perplexity, "initialised": initial_perplexity, "recovered": recovered_perplexity}
-    rows = [{"model": name, "held-out perplexity": value} for name, value in numbers.items()]
-    for row in rows:
-        shrunk = row["model"] != "base"
-        row["KV bytes/token"] = kv_cache_bytes_per_token(model if shrunk else model.config, torch.bfloat16)
-    report.save(output / "initialization.json")
-    (output / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
-    if args.hub_adapter_id:
-        data = {"calibration_data": args.dataset, "recovery_data": args.dataset}
-        push_adapter_to_hub(model, tokenizer, args.hub_adapter_id, report=report, evaluation=rows, **data)
-    print_report(rows, device=next(model.parameters()).device, arguments=vars(args))
-    del model, trainer  # the merge loads the base afresh: a 4-bit one could not hold the new heads
-    if args.save_plain or args.hub_merged_id:
-        merge_and_push.main(merge_options(args, output))
+    if trainer.is_fsdp_enabled:  # else neither checkpoints nor save_model would hold the adapter
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.model, trainer.save_model
 
 
-def merge_options(args: ConversionArguments, output: Path) -> list[str]:
-    """Command line of merge_and_push.py for what was just trained."""
-    options = [str(output / "adapter"), "--output", str(output / "plain"), "--overwrite"]
-    options += ["--report", str(output / "initialization.json"), "--evaluation", str(output / "evaluation.json")]
+def save_loaded(model: PeftModel, tokenizer, first: bool, folder: str) -> None:
+    """Save the adapter of a model that was loaded from its last checkpoint and not trained since."""
+    if first:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def save_adapter(save: Callable[[str], None], folder: Path, first: bool) -> None:
+    """Save the adapter, whole or not at all. Every process takes part, the first one writes."""
+    with replacing(folder, overwrite=True) if first else nullcontext(folder) as beside:
+        save(str(beside))
+        if first:
+            (beside / "training_args.bin").unlink(missing_ok=True)  # pickled; the checkpoints have it
+
+
+def leave_process_group(training: SFTConfig) -> None:
+    """End the work of many processes: the first one alone goes on, and others would wait for it until a timeout."""
+    training.distributed_state.wait_for_everyone()
+    unset_hf_deepspeed_config()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def publish(args: ConversionArguments, output: Path) -> None:
+    """Push the adapter, merge, push the merged model: what of it was asked for."""
+    options = ["--overwrite", "--report", str(output / INITIALIZATION), "--evaluation", str(output / EVALUATION)]
     options += ["--calibration-data", args.dataset, "--recovery-data", args.dataset]
+    adapter = str(output / "adapter")
+    if args.hub_adapter_id:
+        pushed = ["--adapter-only", "--output", str(output / "pushed_adapter"), "--push", args.hub_adapter_id]
+        merge_and_push.main([adapter, *pushed, *options])
     if args.load_in_4bit:
         options += ["--dtype", "bfloat16"]
-    return options + (["--push", args.hub_merged_id] if args.hub_merged_id else [])
+    if args.hub_merged_id:
+        options += ["--push", args.hub_merged_id]
+    if args.save_plain or args.hub_merged_id:
+        merge_and_push.main([adapter, "--output", str(output / "plain"), *options])
 
 
 def load_base(args: ConversionArguments, training: SFTConfig) -> torch.nn.Module:
-    """The base in the dtype it was saved in, or in 4 bits; on the accelerator if there is one."""
+    """The base in the dtype it was saved in, or in 4 bits; whole, on each process's accelerator if there is one."""
+    if is_fsdp_enabled():
+        raise SystemExit(
+            "The initialisation needs the weights on every process: set fsdp_cpu_ram_efficient_loading: false in the "
+            "launch configuration."
+        )
     if not args.load_in_4bit:
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype="auto")
         return model.to(training.device)
