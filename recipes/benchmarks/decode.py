@@ -1,0 +1,568 @@
+r"""Decoding one token against a long cache: attention alone, whole models, and which paths of transformers expand K/V.
+
+    python recipes/benchmarks/decode.py --device cuda                          # everything
+    python recipes/benchmarks/decode.py --device cuda --only attention --batches 1 32 --contexts 4096
+
+Shape of Llama-2-7B by default, 32 KV heads to 8; our groups are unequal (the largest of 1.5 times the mean), so that
+their padded layout has 48 query slots for 32 heads. Parts:
+
+- attention: one layer's attention on random caches, every kernel of PyTorch's SDPA, queries as they are (enable_gqa)
+  or folded into (B, G, p, D). Outputs are checked against float64. Caches are cycled, so that none stays in the L2.
+- model: whole models of few layers with random weights on a static cache, one decoding step in a CUDA graph.
+- expansion: which attention implementation, cache and mask makes transformers write K/V out for every query slot.
+- batch: how many sequences of the longest context fit beside the full model's weights, by allocating them.
+
+The floor is the bytes that a step must read at the bandwidth of a copy, measured in the same run. A cell that does not
+fit in memory is reported and left out. Prints a table per part and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.integrations import flex_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from asymgqa_peft import AsymGQAConfig
+from asymgqa_peft.groups import slot_layout
+from asymgqa_peft.layers import Slots
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from reporting import format_table, print_report
+from shapes import SHAPES, ceilings, graph_seconds, random_llama, shape_config, unequal_groups
+
+PARTS = ("expansion", "attention", "model", "batch")
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+MHA, EQUAL, ADAPTER, MERGED, EXPANDED = (
+    "MHA",
+    "GQA, equal groups",
+    "ours, adapter",
+    "ours, merged",
+    "gather and expand",
+)
+EQUAL_LORA = "GQA, equal groups + LoRA"
+COLD_BYTES = 256 << 20
+"""Caches that are cycled are together larger than any L2."""
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Run the parts asked for and print their tables and the JSON line."""
+    args = parse_args(arguments)
+    args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    config = shape_config(args.shape, args.layers)
+    limits = ceilings(args.device)
+    print("measured ceilings: " + ", ".join(f"{name} {value:,.1f}" for name, value in limits.items()), flush=True)
+    results = {part: PART[part](config, args, limits) for part in args.only}
+    tables = {part: rows for part, rows in results.items() if rows}
+    for part, rows in tables.items():
+        print(f"\n{part}\n{format_table(rows)}", flush=True)
+    print("\ntargets")
+    checks = targets(results)
+    options = {name: str(value) for name, value in vars(args).items()}
+    print_report(
+        checks or [{"target": "none measured"}], args.device, ceilings=limits, parts=results, arguments=options
+    )
+    wrong = [row for rows in results.values() for row in rows if str(row.get("failed")).startswith("WRONG")]
+    if wrong:
+        raise SystemExit(f"{len(wrong)} cells computed something wrong, see the column 'failed'.")
+    return results
+
+
+# ------------------------------------------------------------------------------------------- attention alone
+
+
+def attention_part(config: LlamaConfig, args: argparse.Namespace, limits: dict[str, float]) -> list[dict]:
+    """Rows of every cell, arm and path, with the fastest path of each arm marked by its ratios."""
+    rows = []
+    for batch in args.batches:
+        for context in args.contexts:
+            for arm in (MHA, EQUAL, ADAPTER, MERGED, EXPANDED):
+                for path in paths(args.device):
+                    row = {"batch": batch, "context": context, "arm": arm, "path": path}
+                    rows.append(row | guarded(attention_cell, config, args, limits, batch, context, arm, path))
+            print(f"attention: batch {batch}, context {context} done", flush=True)
+    return best_paths(rows)
+
+
+def paths(device: str) -> list[str]:
+    """Kernel and form of the queries."""
+    kernels = KERNELS if device == "cuda" else ["default"]
+    return [f"{kernel}, {form}" for kernel in kernels for form in ("enable_gqa", "folded")]
+
+
+def attention_cell(config, args, limits, batch: int, context: int, arm: str, path: str) -> dict:
+    """Seconds of one call on a cold cache, its floor, and its error against float64."""
+    kernel, form = path.split(", ")
+    heads, dim = config.num_attention_heads, config.head_dim
+    kv_heads = heads if arm == MHA else args.groups
+    partition = (
+        unequal_groups(heads, args.groups) if arm in (ADAPTER, MERGED, EXPANDED) else contiguous(heads, kv_heads)
+    )
+    layout = slot_layout(partition, 1)
+    slots = Slots(layout, args.device)
+    bytes_read = 2 * batch * kv_heads * context * dim * args.dtype.itemsize
+    copies = max(1, -(-COLD_BYTES // bytes_read)) if args.device == "cuda" else 1
+    generator = torch.Generator(args.device).manual_seed(0)
+    query, *caches = (
+        torch.randn(size, generator=generator, device=args.device, dtype=args.dtype)
+        for size in ((batch, 1, heads, dim), *[(batch, kv_heads, context, dim)] * (2 * copies))
+    )
+    expanding = torch.tensor([slot // layout.slots_per_kv for slot in layout.slot_of_head], device=args.device)
+    padded = slots.scatter(query).transpose(1, 2).contiguous()
+
+    def attend(key: Tensor, value: Tensor) -> Tensor:  # -> (B, 1, H or slots, D)
+        if arm == EXPANDED:
+            key, value = key.index_select(1, expanding), value.index_select(1, expanding)
+            return attention(query.transpose(1, 2), key, value, form).transpose(1, 2)
+        if arm == ADAPTER:
+            return slots.gather(attention(slots.scatter(query).transpose(1, 2), key, value, form).transpose(1, 2))
+        return attention(padded, key, value, form).transpose(1, 2)
+
+    calls = [partial(attend, *caches[2 * index : 2 * index + 2]) for index in range(copies)]
+    with sdpa_kernel(KERNELS[kernel]) if kernel in KERNELS else nullcontext():
+        error = relative_error(calls[0](), query, caches[0], caches[1], slots, expanding, gathered=arm != MERGED)
+        if error > TOLERANCE[args.dtype]:
+            raise WrongResult(f"relative error {error:.2g} against float64")
+        seconds = graph_seconds(calls, args.device)
+    floor = bytes_read / limits["copy GB/s"] / 1e9
+    return {"us": seconds * 1e6, "floor, us": floor * 1e6, "error": error}
+
+
+def contiguous(heads: int, kv_heads: int) -> list[list[int]]:
+    """Equal groups of neighbours."""
+    return [list(range(start, start + heads // kv_heads)) for start in range(0, heads, heads // kv_heads)]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, form: str) -> Tensor:
+    """(B, slots, 1, D) against (B, kv_heads, S, D) -> (B, slots, 1, D), no mask, no expansion."""
+    if form == "folded":
+        shape = query.shape
+        return F.scaled_dot_product_attention(fold(query, key.shape[1]), key, value).reshape(shape)
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def fold(query: Tensor, kv_heads: int) -> Tensor:
+    """(B, G p, 1, D) -> (B, G, p, D): the slots of a K/V head become query positions, which all see the same keys."""
+    return query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
+
+
+def relative_error(out: Tensor, query, key, value, slots: Slots, source: Tensor, gathered: bool) -> float:
+    """Largest error of the first sequence's heads against a float64 softmax, relative to their largest entry."""
+    heads = out if gathered else slots.gather(out)
+    query, key, value = (tensor[0].double() for tensor in (query, key, value))
+    key, value = key[source], value[source]  # (H, S, D)
+    scores = torch.einsum("hd,hsd->hs", query[0], key) / query.shape[-1] ** 0.5
+    exact = torch.einsum("hs,hsd->hd", scores.softmax(-1), value)
+    return ((heads[0, 0].double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def best_paths(rows: list[dict]) -> list[dict]:
+    """Add to the fastest path of each arm and cell its ratio to the fastest of MHA and of equal groups."""
+    fastest: dict[tuple, dict] = {}
+    for row in (row for row in rows if "us" in row):
+        cell = (row["batch"], row["context"], row["arm"])
+        fastest[cell] = min(fastest.get(cell, row), row, key=lambda r: r["us"])
+    for (batch, context, _), row in fastest.items():
+        for name, arm in (("MHA / it", MHA), ("it / equal", EQUAL)):
+            if other := fastest.get((batch, context, arm)):
+                row[name] = other["us"] / row["us"] if arm == MHA else row["us"] / other["us"]
+    columns = ("batch", "context", "arm", "path", "us", "floor, us", "error", "MHA / it", "it / equal", "failed")
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------- whole models
+
+
+class FullLayer(StaticLayer):
+    """A static cache that is full: every step writes its last position and sees all, so that no mask is needed.
+
+    It stands for a serving engine, whose kernels know each sequence's length.
+    """
+
+    is_compileable = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write the last position."""
+        self.keys[:, :, -1:] = key_states
+        self.values[:, :, -1:] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens before this one."""
+        return self.max_cache_len - 1
+
+
+def filled_cache(config, kind: str, batch: int, kv_heads: int, context: int, args: argparse.Namespace) -> StaticCache:
+    """A static cache of one position less than `context` random tokens, the same for the same number of heads."""
+    cache = StaticCache(config=config, max_cache_len=context)
+    if kind == "full":
+        cache.layers = [FullLayer(context) for _ in cache.layers]
+    generator = torch.Generator(args.device).manual_seed(0)
+    one = torch.zeros(batch, kv_heads, 1, config.head_dim, device=args.device, dtype=args.dtype)
+    for layer in cache.layers:
+        layer.lazy_initialization(one, one)
+        for tensor in (layer.keys, layer.values):
+            tensor.normal_(generator=generator)
+    return cache
+
+
+def grouped_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+):
+    """transformers' sdpa, with the queries folded where it would expand K/V: a single query position under a mask."""
+    if query.shape[2] != 1 or query.shape[1] == key.shape[1]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    folded = fold(query, key.shape[1])
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"))
+    return out.reshape(query.shape).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("grouped_sdpa", grouped_sdpa)
+AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
+MODEL_PATHS = {  # name -> (attention implementation, cache)
+    "full cache, no mask": ("sdpa", "full"),
+    "static cache, sdpa": ("sdpa", "static"),
+    "static cache, grouped_sdpa": ("grouped_sdpa", "static"),
+}
+
+
+def model_part(config: LlamaConfig, args: argparse.Namespace, limits: dict[str, float]) -> list[dict]:
+    """Rows of every cell, arm and path; logits of our two arms are compared."""
+    rows, outputs = [], {}
+    for arm, build in builders(config, args):
+        model = build().eval()
+        weights = sum(p.numel() * p.itemsize for p in model.parameters())
+        for batch in args.batches:
+            for context in args.contexts:
+                for path in MODEL_PATHS:
+                    row = {"batch": batch, "context": context, "arm": arm, "path": path}
+                    cell = guarded(
+                        model_cell, model, config, args, limits, batch, context, arm, path, weights, outputs
+                    )
+                    rows.append(row | cell)
+        print(f"model: {arm} done", flush=True)
+        del model
+        release(args.device)
+    rows.sort(key=lambda row: (row["batch"], row["context"], row["path"]))
+    return with_model_ratios(rows)
+
+
+def builders(config: LlamaConfig, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Arm -> a function that makes its model on the device."""
+    heads = config.num_attention_heads
+    equal = shape_config(args.shape, args.layers, num_key_value_heads=args.groups)
+    lora = {"r": args.rank, "lora_alpha": args.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    partition = unequal_groups(config.num_key_value_heads, args.groups)
+    if heads != config.num_key_value_heads:
+        raise SystemExit(f"--shape {args.shape} is no MHA model: the MHA arm needs one.")
+    layers = [partition] * config.num_hidden_layers
+    ours = AsymGQAConfig(num_key_value_heads=args.groups, head_groups=layers, **lora)
+    yield MHA, partial(random_llama, config, args.device, args.dtype)
+    yield EQUAL, partial(random_llama, equal, args.device, args.dtype)
+    yield EQUAL_LORA, lambda: get_peft_model(random_llama(equal, args.device, args.dtype), LoraConfig(**lora))
+    yield ADAPTER, lambda: get_peft_model(random_llama(config, args.device, args.dtype), ours)
+    yield MERGED, lambda: get_peft_model(random_llama(config, args.device, args.dtype), ours).merge_and_unload()
+
+
+@torch.no_grad()
+def model_cell(model, config, args, limits, batch: int, context: int, arm: str, path: str, weights, outputs) -> dict:
+    """Seconds of one decoding step, its floor, and whether adapter and merged model say the same."""
+    implementation, kind = MODEL_PATHS[path]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.set_attn_implementation(implementation)
+    kv_heads = config.num_key_value_heads if arm == MHA else args.groups
+    cache = filled_cache(inner.config, kind, batch, kv_heads, context, args)
+    token = torch.zeros(batch, 1, dtype=torch.long, device=args.device)
+
+    def step() -> Tensor:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(context - 1)
+        return model(input_ids=token, past_key_values=cache, use_cache=True).logits
+
+    found = {}
+    logits = step()[0, -1].double().cpu()
+    if arm == ADAPTER:
+        outputs[batch, context, path] = logits
+    elif arm == MERGED and (batch, context, path) in outputs:
+        adapter = outputs[batch, context, path]
+        found["error to adapter"] = ((logits - adapter).abs().max() / adapter.abs().max()).item()
+        if found["error to adapter"] > 5 * TOLERANCE[args.dtype]:
+            raise WrongResult(f"adapter and merged differ by {found['error to adapter']:.2g}")
+    seconds = graph_seconds([step], args.device)
+    cached = 2 * config.num_hidden_layers * batch * kv_heads * context * config.head_dim * args.dtype.itemsize
+    embedding = config.vocab_size * config.hidden_size * args.dtype.itemsize  # looked up, not read
+    floor = (weights - embedding + cached) / limits["copy GB/s"] / 1e9
+    return {"us": seconds * 1e6, "floor, us": floor * 1e6, **found}
+
+
+def with_model_ratios(rows: list[dict]) -> list[dict]:
+    """Ratios of every arm to MHA, to equal groups, and to equal groups with LoRA, on the same path."""
+    cells = {(r["batch"], r["context"], r["path"], r["arm"]): r["us"] for r in rows if "us" in r}
+    for row in rows:
+        for name, arm in (("it / MHA", MHA), ("it / equal", EQUAL), ("it / equal + LoRA", EQUAL_LORA)):
+            other = cells.get((row["batch"], row["context"], row["path"], arm))
+            row[name] = row["us"] / other if other and "us" in row else None
+    columns = ("batch", "context", "path", "arm", "us", "floor, us", "it / MHA", "it / equal", "it / equal + LoRA")
+    return [{column: row.get(column) for column in (*columns, "error to adapter", "failed")} for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------- expansion
+
+
+class _Given(Exception):
+    """Leaves a step once its kernel has been called."""
+
+
+class LargestWrite(TorchDispatchMode):
+    """Elements of the largest tensor that any operation writes anew; views are not written."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        out = function(*arguments, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.numel() == tensor.untyped_storage().nbytes() // tensor.itemsize:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def expansion_part(_config: LlamaConfig, args: argparse.Namespace, _limits: dict[str, float]) -> list[dict]:
+    """Whether a decoding step writes K or V out for every query slot, on each path of transformers."""
+    rows = []
+    for slots_per_kv in (6, 8):
+        slots = 2 * slots_per_kv
+        sizes = {"hidden_size": 8 * slots, "num_attention_heads": slots, "num_key_value_heads": 2, "head_dim": 64}
+        config = shape_config("tiny", 1, **sizes)
+        model = random_llama(config, args.device, args.dtype)
+        for implementation in ("eager", "sdpa", "flex_attention", "grouped_sdpa"):
+            for cache in ("dynamic", "static"):
+                for padded in (False, True):
+                    row = {
+                        "slots": slots,
+                        "implementation": implementation,
+                        "cache": cache,
+                        "left padding": padded,
+                    }
+                    watch = partial(expands, model, config, implementation, cache, padded)
+                    found = guarded(lambda watch=watch: {"expands": watch()})
+                    compiled = {"expands, compiled": None}
+                    if cache == "static" and implementation != "flex_attention":
+                        watch = partial(expands_compiled, model, config, implementation, padded)
+                        compiled = guarded(lambda watch=watch: {"expands, compiled": watch()})
+                    rows.append({"expands": None} | row | compiled | found)
+    columns = ("slots", "implementation", "cache", "left padding", "expands", "expands, compiled", "failed")
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+LENGTH, BATCH = 512, 2
+
+
+@torch.no_grad()
+def decoding_inputs(model, config: LlamaConfig, implementation: str, cache: str, padded: bool) -> dict:
+    """Arguments of a decoding step after a prefill of LENGTH tokens."""
+    model.set_attn_implementation("sdpa")  # the prefill is not what is watched
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device=model.device)
+    mask = torch.ones(BATCH, LENGTH + 1, dtype=torch.long, device=model.device)
+    mask[0, : LENGTH // 4] = 0
+    held = StaticCache(config=config, max_cache_len=LENGTH + 8) if cache == "static" else DynamicCache(config=config)
+    masks = {"attention_mask": mask[:, :-1]} if padded else {}
+    model(input_ids=ids, past_key_values=held, use_cache=True, **masks)
+    model.set_attn_implementation(implementation)
+    masks = {"attention_mask": mask} if padded else {}
+    return {"input_ids": ids[:, :1], "past_key_values": held, "use_cache": True, **masks}
+
+
+@torch.no_grad()
+def expands(model, config: LlamaConfig, implementation: str, cache: str, padded: bool) -> bool:
+    """Whether some operation of a step writes as many elements as K or V have after the expansion."""
+    inputs = decoding_inputs(model, config, implementation, cache, padded)
+    if implementation == "flex_attention":  # no dispatch mode sees into its kernel: look at what the kernel is given
+        watched = mock.patch.object(flex_attention, "compile_friendly_flex_attention", side_effect=_Given)
+        with watched as kernel, suppress(_Given):
+            model(**inputs)
+        query, key = kernel.call_args.args[:2]
+        return query.shape[1] == key.shape[1]
+    with LargestWrite() as watched:
+        model(**inputs)
+    return watched.elements >= BATCH * config.num_attention_heads * LENGTH * config.head_dim
+
+
+@torch.no_grad()
+def expands_compiled(model, config: LlamaConfig, implementation: str, padded: bool) -> bool:
+    """The same of the graph that torch.compile makes of the step, which takes other branches."""
+    inputs = decoding_inputs(model, config, implementation, "static", padded)
+    shapes = []
+
+    def record(graph, _examples):
+        for node in graph.graph.nodes:
+            value = node.meta.get("example_value")
+            if isinstance(value, Tensor) and node.target in ("reshape", "contiguous", torch.repeat_interleave):
+                shapes.append(tuple(value.shape))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=record, fullgraph=True)(**inputs)
+    torch._dynamo.reset()
+    return any(
+        shape[1:2] + shape[3:] == (config.num_attention_heads, config.head_dim) and shape[2] >= LENGTH
+        for shape in shapes
+        if len(shape) == 4
+    )
+
+
+# ------------------------------------------------------------------------------------------------ largest batch
+
+
+def batch_part(config: LlamaConfig, args: argparse.Namespace, _limits: dict[str, float]) -> list[dict]:
+    """Sequences of the longest context that fit beside the weights of all layers."""
+    full = shape_config(args.shape)
+    context, rows = max(args.contexts), []
+    slots = args.groups * max(map(len, unequal_groups(full.num_key_value_heads, args.groups)))
+    arms = {MHA: (full.num_attention_heads, full.num_key_value_heads), EQUAL: (full.num_attention_heads, args.groups)}
+    for arm, (queries, kv_heads) in (arms | {MERGED: (slots, args.groups)}).items():
+        weights = parameters(full, queries, kv_heads) * args.dtype.itemsize
+        sequence = 2 * full.num_hidden_layers * kv_heads * context * full.head_dim * args.dtype.itemsize
+        fitting = largest_batch(full, kv_heads, context, weights, args)
+        row = {"context": context, "arm": arm, "weights, GB": weights / 1e9, "cache per sequence, GB": sequence / 1e9}
+        rows.append(
+            row | {"largest batch": fitting, "x MHA": fitting / max(1, rows[0]["largest batch"]) if rows else 1.0}
+        )
+        print(f"batch: {arm} done", flush=True)
+    return rows
+
+
+def parameters(config: LlamaConfig, queries: int, kv_heads: int) -> int:
+    """Parameters of the full model with so many query slots and KV heads."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    attention = 2 * width * config.head_dim * (queries + kv_heads)
+    return layers * (attention + 3 * width * config.intermediate_size) + 2 * config.vocab_size * width
+
+
+def largest_batch(config: LlamaConfig, kv_heads: int, context: int, weights: int, args: argparse.Namespace) -> int:
+    """Largest batch whose caches can be allocated beside `weights` bytes and 1 GB of working memory, tried out."""
+    if args.device != "cuda":
+        return int(16e9 - weights) // (2 * config.num_hidden_layers * kv_heads * context * config.head_dim * 4)
+    release(args.device)
+    held = [torch.empty(weights + 10**9, dtype=torch.uint8, device=args.device)]
+    fits, too_many = 0, 1
+    while too_many - fits > 1 or allocates(config, kv_heads, context, too_many, args):
+        middle = (fits + too_many) // 2
+        if too_many - fits <= 1:  # the bound itself fits: double it
+            fits, too_many = too_many, 2 * too_many
+        elif allocates(config, kv_heads, context, middle, args):
+            fits = middle
+        else:
+            too_many = middle
+    held.clear()
+    release(args.device)
+    return fits
+
+
+def allocates(config: LlamaConfig, kv_heads: int, context: int, batch: int, args: argparse.Namespace) -> bool:
+    """Whether all layers' caches of a batch can be allocated now."""
+    size, caches = (batch, kv_heads, context, config.head_dim), []
+    try:
+        for _ in range(2 * config.num_hidden_layers):
+            caches.append(torch.empty(size, dtype=args.dtype, device=args.device))
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        caches.clear()
+        release(args.device)
+    return True
+
+
+# -------------------------------------------------------------------------------------------------- plumbing
+
+
+PART = {"attention": attention_part, "model": model_part, "expansion": expansion_part, "batch": batch_part}
+
+
+class WrongResult(ValueError):
+    """What was timed computes something else."""
+
+
+def guarded(cell: Callable[..., dict], *args) -> dict:
+    """A cell's figures, or why there are none; the other cells go on."""
+    try:
+        return cell(*args)
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}
+    except WrongResult as error:
+        return {"failed": f"WRONG: {error}"}
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60]}"}
+    finally:
+        release("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def release(device: str) -> None:
+    """Give freed memory back."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def targets(results: dict[str, list[dict]]) -> list[dict]:
+    """The issue's targets beside what was measured, from the worst cell."""
+    found = []
+
+    def add(target: str, values: list[float], limit: float, at_most: bool) -> None:
+        if values:
+            worst = max(values) if at_most else min(values)
+            met = worst <= limit if at_most else worst >= limit
+            found.append({"target": target, "limit": limit, "worst cell": worst, "met": "yes" if met else "NO"})
+
+    attention, model, batch = (results.get(part, []) for part in ("attention", "model", "batch"))
+    for arm in (ADAPTER, MERGED):
+        ratios = [row["it / equal"] for row in attention if row["arm"] == arm and row["it / equal"]]
+        add(f"attention, {arm} / equal groups", ratios, 1.03, True)
+    longest = max((row["context"] for row in attention), default=0)
+    gains = [row["MHA / it"] for row in attention if row["arm"] == MERGED and row["MHA / it"]]
+    long = [r["MHA / it"] for r in attention if r["arm"] == MERGED and r["MHA / it"] and r["context"] == longest]
+    add(f"attention, MHA / ours at context {longest}", long, 3.0, False)
+    add("attention, MHA / ours at every context", gains, 3.0, False)
+    for arm, column in ((MERGED, "it / equal"), (ADAPTER, "it / equal + LoRA")):
+        ratios = [r[column] for r in model if r["arm"] == arm and r[column] and r["path"] == "full cache, no mask"]
+        add(f"model, {arm}, {column}, no mask", ratios, 1.05, True)
+    add("largest batch, ours / MHA", [row["x MHA"] for row in batch if row["arm"] == MERGED], 3.5, False)
+    return found
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the models of the part 'model'")
+    parser.add_argument("--groups", type=int, default=8, help="G")
+    parser.add_argument("--rank", type=int, default=32, help="LoRA rank")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="B")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 32768], help="S")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+r"""Perplexity against bytes of KV cache: fewer heads, fewer bits per entry, and both.
+
+    python recipes/benchmarks/quality_per_byte.py                                 # the bundled model, no training
+    python recipes/benchmarks/quality_per_byte.py --results recovery.jsonl        # beside recovered arms
+    python recipes/benchmarks/quality_per_byte.py --model DIR --adapters out/adapter_8 out/adapter_4
+
+Measured here: the MHA model and its conversions (adapters given, or initialised without training) with a cache of
+16, 8 and 4 bits. --results adds rows of `recovery.py`'s JSON line, at 16 bits. Quantisation is simulated: every entry
+that goes into the cache is rounded to its grid and back, keys per channel over blocks of 32 tokens, values per token
+over 32 channels (KIVI, Liu et al., arXiv 2402.02750), with a 16-bit scale and minimum per block; no recent tokens are
+spared. Bytes count those, too. Prints every point, the best one at each budget, and one JSON line; --plot draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
+from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
+
+RECIPES = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(RECIPES), str(RECIPES / "benchmarks")]
+from initialization import read  # noqa: E402
+from reporting import format_table, print_report  # noqa: E402
+from stdlib_text import held_out_texts, token_blocks, validation_texts  # noqa: E402
+
+BITS = (16, 8, 4)
+BLOCK = 32
+BUDGETS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+"""Shares of the MHA model's 16-bit cache."""
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    """Measure all points and print them, the choice at each budget and the JSON line."""
+    args = parse_args(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
+    calibration = token_blocks(read(args.calibration) or validation_texts(args.stdlib), tokenizer, args.block_size)
+    held_out = token_blocks(read(args.held_out) or held_out_texts(args.stdlib), tokenizer, args.block_size)
+    held_out = held_out[: args.held_out_blocks].split(args.batch_size)
+    points = list(read_results(args.results))
+    for arm, model in models(base, calibration, args):
+        check_cache(model, held_out[:1])
+        for bits in args.bits:
+            point = {
+                "arm": f"{arm}, {bits} bits",
+                "kv_bytes_per_token": kv_bytes(model, bits),
+                "perplexity": quantised_perplexity(model, held_out, bits),
+            }
+            points.append(point)
+            print(point, flush=True)
+    full = kv_bytes(base, 16)
+    points.sort(key=lambda point: (-point["kv_bytes_per_token"], point["perplexity"]))
+    rows = [{**point, "share of MHA": point["kv_bytes_per_token"] / full} for point in points]
+    choices = [best_within(points, budget, full) for budget in BUDGETS]
+    print(f"\nthe best at each budget\n{format_table(choices)}\n", flush=True)
+    if args.plot:
+        from asymgqa_peft.plotting import plot_quality
+
+        lines = [point | {"arm": line_of(point["arm"])} for point in points]
+        print("drawn: " + ", ".join(map(str, plot_quality(lines, args.plot))), flush=True)
+    options = {name: str(value) for name, value in vars(args).items()}
+    print_report(rows, args.device, choices=choices, arguments=options)
+    return rows
+
+
+def models(base: nn.Module, calibration: Tensor, args: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
+    """The MHA model, then each conversion."""
+    yield "MHA", base
+    for folder in args.adapters:
+        model = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+        yield f"{folder.name} (G {model.active_peft_config.num_key_value_heads})", model
+    for ratio in () if args.adapters else args.ratios:
+        groups = base.config.num_key_value_heads // ratio
+        config = AsymGQAConfig(num_key_value_heads=groups, r=args.rank, lora_alpha=args.rank, task_type="CAUSAL_LM")
+        model = get_peft_model(copy.deepcopy(base), config).eval()
+        chosen = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))
+        batches = calibration[chosen[: args.blocks]].split(args.batch_size)
+        initialize_asymgqa_weights(model, batches, progress=False)
+        yield f"ours {ratio}:1, no training", model
+
+
+def line_of(arm: str) -> str:
+    """The line of the plot that a point lies on: MHA's widths make one, a conversion's ratios one per width."""
+    if arm.startswith("MHA"):
+        return "MHA, quantised"
+    return f"ours, {arm.rpartition(', ')[2]}" if arm.startswith("ours") else arm
+
+
+# ------------------------------------------------------------------------------------------ the quantised cache
+
+
+class SimulatedQuantisedCache(DynamicCache):
+    """A cache whose entries have been rounded to a grid of 2**bits values and back; 16 bits leave them alone."""
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits = bits
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Keys and values (B, heads, T, D), rounded, behind those of before."""
+        if self.bits < 16:
+            key_states = rounded(key_states.mT, self.bits).mT
+            value_states = rounded(value_states, self.bits)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def rounded(states: Tensor, bits: int) -> Tensor:
+    """Blocks of BLOCK entries of the last axis on 2**bits evenly spaced values from their least to their largest.
+
+    The last block may be shorter. The scale and the least value are rounded to 16 bits, as they would be stored.
+    """
+    length = states.shape[-1]
+    last = states[..., -1:].expand(*states.shape[:-1], -length % BLOCK)
+    blocks = torch.cat((states, last), dim=-1).unflatten(-1, (-1, BLOCK))
+    least = blocks.amin(-1, keepdim=True).to(torch.float16).to(states.dtype)
+    scale = ((blocks.amax(-1, keepdim=True) - least) / (2**bits - 1)).to(torch.float16).to(states.dtype)
+    levels = ((blocks - least) / scale.clamp_min(torch.finfo(torch.float16).tiny)).round().clamp(0, 2**bits - 1)
+    return (least + levels * scale).flatten(-2)[..., :length]
+
+
+def kv_bytes(model: nn.Module, bits: int) -> float:
+    """Bytes of cache per token, scales and minima of 16 bits included."""
+    entries = kv_cache_bytes_per_token(model, torch.bfloat16) / 2
+    return entries * (bits if bits == 16 else bits + 32 / BLOCK) / 8
+
+
+@torch.no_grad()
+def quantised_perplexity(model: nn.Module, batches, bits: int) -> float:
+    """exp of the mean next-token cross-entropy, every position attending to the cache's own rounded entries."""
+    total, count = 0.0, 0
+    for ids in batches:
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids, past_key_values=SimulatedQuantisedCache(bits), use_cache=True).logits[:, :-1]
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        total, count = total + losses.double().sum().item(), count + losses.numel()
+    return math.exp(total / count)
+
+
+def check_cache(model: nn.Module, batches) -> None:
+    """At 16 bits the cache must change nothing."""
+    with_cache, without = quantised_perplexity(model, batches, 16), perplexity(model, batches)
+    if abs(with_cache / without - 1) > 1e-3:
+        raise SystemExit(f"the cache alone changes the perplexity from {without} to {with_cache}.")
+
+
+# ------------------------------------------------------------------------------------------- points and choices
+
+
+def read_results(path: Path | None) -> Iterator[dict]:
+    """Points of the recovered arms in a file of JSON lines, seeds averaged."""
+    if path is None:
+        return
+    found: dict[tuple, list[float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("{"):
+            continue
+        for row in json.loads(line).get("rows", []):
+            if row.get("recovered"):
+                found.setdefault((row["arm"], row["KV bytes/token"]), []).append(row["recovered"])
+    if not found:
+        raise SystemExit(f"--results {path} holds no recovered arm: give what recovery.py printed.")
+    for (arm, size), values in found.items():
+        yield {"arm": arm, "kv_bytes_per_token": float(size), "perplexity": sum(values) / len(values)}
+
+
+def best_within(points: list[dict], budget: float, full: float) -> dict:
+    """The point of least perplexity within a share of the MHA model's 16-bit cache."""
+    within = [point for point in points if point["kv_bytes_per_token"] <= budget * full]
+    best = min(within, key=lambda point: point["perplexity"], default={})
+    return {"budget, share of MHA": budget, "bytes": budget * full} | {
+        name: best.get(name) for name in ("arm", "kv_bytes_per_token", "perplexity")
+    }
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="folder of an MHA model")
+    parser.add_argument("--adapters", type=Path, nargs="*", default=[], help="folders of trained adapters on it")
+    parser.add_argument("--results", type=Path, help="file with the JSON line of recovery.py")
+    parser.add_argument("--calibration", type=Path, help="text to calibrate on (default: the validation modules)")
+    parser.add_argument("--held-out", type=Path, help="text to measure on (default: the held-out modules)")
+    parser.add_argument("--stdlib", type=Path, help="folder of another Python's standard library to read")
+    parser.add_argument("--plot", type=Path, help="draw the points there, as PNG and SVG")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8], help="without --adapters: heads per group")
+    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--blocks", type=int, default=128, help="calibration blocks")
+    parser.add_argument("--block-size", type=int, default=512, help="tokens per block")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=64, help="LoRA rank")
+    parser.add_argument("--held-out-blocks", type=int, help="measure on the first of them only")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+r"""Perplexity after recovery by arm and ratio, beside the MHA model after the same training.
+
+    python recipes/benchmarks/recovery.py --model DIR --text train.txt.xz --calibration validation.txt.xz \
+        --held-out held_out.txt.xz --tokens 8e6
+    python recipes/benchmarks/recovery.py --tokens 2e5 --ratios 4         # the bundled model, minutes on a CPU
+    python recipes/benchmarks/recovery.py ... --sweep                     # learning rates, on the calibration text
+
+Every arm gets the same tokens in the same order. "control" is the MHA model with plain LoRA trained on the text, its
+number the best that this much training can be expected to keep. --sweep trains the default arm with each learning rate
+and each scale of the K/V rate and measures on the calibration text's last blocks: choices are made there. Interrupted,
+it goes on where it stopped; processes with other options may share --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
+from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
+
+RECIPES = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(RECIPES), str(RECIPES / "benchmarks")]
+from experiments import ARMS, OURS, Cells, arm_config, distilled, train  # noqa: E402
+from initialization import read  # noqa: E402
+from reporting import print_report  # noqa: E402
+from stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts  # noqa: E402
+
+CONTROL = "control: MHA, SFT"
+SWEEP_BLOCKS = 48
+"""Blocks at the end of the calibration text that a sweep measures on."""
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    """Run what is missing and print the table."""
+    args = parse_args(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+    def blocks(path: Path | None, bundled) -> torch.Tensor:
+        return token_blocks(read(path) or bundled(args.stdlib), tokenizer, args.block_size)
+
+    calibration, text = blocks(args.calibration, validation_texts), blocks(args.text, training_texts)
+    measured = blocks(args.held_out, held_out_texts)
+    if args.sweep:
+        calibration, measured = calibration[:-SWEEP_BLOCKS], calibration[-SWEEP_BLOCKS:]
+    measured = measured[: args.held_out_blocks].split(args.batch_size)
+    cells = Cells(args.output / ("sweep" if args.sweep else "runs"))
+    run = Run(args, tokenizer, text, calibration, measured)
+    cells.get({"ratio": "1:1", "arm": "base", "seed": 0}, run.base)
+    for seed in args.seeds:
+        if args.sweep:
+            for ratio in args.ratios:
+                for rate in args.rates:
+                    for scale in args.scales:
+                        key = {"ratio": f"{ratio}:1", "arm": OURS, "seed": seed, "rate": rate, "scale": scale}
+                        cells.get(key, lambda: run.convert(OURS, ratio, seed, rate, scale))  # noqa: B023
+            continue
+        if args.control:
+            cells.get({"ratio": "1:1", "arm": CONTROL, "seed": seed}, lambda: run.control(seed))  # noqa: B023
+        for ratio in args.ratios:
+            for arm in args.arms:
+                key = {"ratio": f"{ratio}:1", "arm": arm, "seed": seed}
+                rate = args.rates[0] if distilled(arm) else args.sft_rate
+                cells.get(key, lambda: run.convert(arm, ratio, seed, rate, args.scales[0]))  # noqa: B023
+    rows = with_ratio_to_base(cells.all())
+    print_report(rows, args.device, arguments={name: str(value) for name, value in vars(args).items()})
+    return rows
+
+
+class Run:
+    """The data and options that all cells share."""
+
+    def __init__(self, args: argparse.Namespace, tokenizer, text, calibration, measured):
+        self.args, self.tokenizer, self.text = args, tokenizer, text
+        self.calibration, self.measured = calibration, measured
+
+    def load(self) -> torch.nn.Module:
+        """The base in float32 on the device."""
+        return AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.float32).to(self.args.device).eval()
+
+    def base(self) -> dict:
+        """The untouched base."""
+        model = self.load()
+        return {"KV bytes/token": kv_bytes(model), "no training": perplexity(model, self.measured)}
+
+    def control(self, seed: int) -> dict:
+        """The base with plain LoRA on all linear layers after the same tokens."""
+        base = self.load()
+        size = kv_bytes(base)
+        lora = LoraConfig(r=self.args.rank, lora_alpha=self.args.rank, target_modules="all-linear")
+        model = get_peft_model(base, lora)
+        losses = self.train(model, seed, self.args.sft_rate, 0.0, 1.0)
+        return {"KV bytes/token": size, "recovered": perplexity(model, self.measured), "losses": losses}
+
+    def convert(self, arm: str, ratio: int, seed: int, rate: float, scale: float) -> dict:
+        """One arm at one ratio: initialised, measured, recovered, measured."""
+        base, args = self.load(), self.args
+        groups = base.config.num_key_value_heads // ratio
+        options = {"r": args.rank, "lora_alpha": args.rank, "seed": seed, "task_type": "CAUSAL_LM"}
+        model = get_peft_model(base, AsymGQAConfig(num_key_value_heads=groups, **options, **arm_config(arm)))
+        chosen = torch.randperm(len(self.calibration), generator=torch.Generator().manual_seed(seed))
+        batches = self.calibration[chosen[: args.calibration_blocks]].split(args.batch_size)
+        initialize_asymgqa_weights(model, batches, progress=False)
+        before = perplexity(model, self.measured)
+        start = time.perf_counter()
+        losses = self.train(model, seed, rate, 1.0 if distilled(arm) else 0.0, scale)
+        return {
+            "KV bytes/token": kv_bytes(model),
+            "no training": before,
+            "recovered": perplexity(model, self.measured),
+            "seconds": time.perf_counter() - start,
+            "losses": losses,
+        }
+
+    def train(self, model, seed: int, rate: float, weight: float, scale: float) -> list[float]:
+        """`--tokens` tokens of the text, blocks in a seeded order, repeated if there are too few."""
+        args = self.args
+        steps = max(1, int(args.tokens) // (args.batch_size * args.block_size))
+        order = torch.randperm(len(self.text), generator=torch.Generator().manual_seed(seed))
+        chosen = order.repeat(-(-steps * args.batch_size // len(order)))[: steps * args.batch_size]
+        ids = self.text[chosen].tolist()
+        losses = train(
+            model,
+            self.tokenizer,
+            Dataset.from_dict({"input_ids": ids, "labels": ids}),
+            steps=steps,
+            batch_size=args.batch_size,
+            learning_rate=rate,
+            seed=seed,
+            distillation_weight=weight,
+            kv_learning_rate_scale=scale,
+        )
+        model.eval()
+        return losses
+
+
+def kv_bytes(model) -> int:
+    """KV cache in 16 bits."""
+    return kv_cache_bytes_per_token(model, torch.bfloat16)
+
+
+def with_ratio_to_base(cells: list[dict]) -> list[dict]:
+    """The cells as rows, best known order, each with its perplexity over the base's."""
+    base = next(cell["no training"] for cell in cells if cell["arm"] == "base")
+    order = ["base", CONTROL, *ARMS]
+    cells.sort(key=lambda cell: (cell["ratio"], order.index(cell["arm"]), str(sorted(cell.items()))))
+    columns = ("ratio", "arm", "seed", "rate", "scale", "KV bytes/token", "no training", "recovered")
+    present = [name for name in columns if any(name in cell for cell in cells)]
+    rows = []
+    for cell in cells:
+        row = {name: cell.get(name) for name in present}
+        row["x base"] = cell["recovered"] / base if "recovered" in cell else None
+        rows.append(row)
+    return rows
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="folder of an MHA model")
+    parser.add_argument("--text", type=Path, help="text to train on (default: the bundled model's training modules)")
+    parser.add_argument("--calibration", type=Path, help="text to calibrate on (default: the validation modules)")
+    parser.add_argument("--held-out", type=Path, help="text to measure on (default: the held-out modules)")
+    parser.add_argument("--stdlib", type=Path, help="folder of another Python's standard library to read")
+    parser.add_argument("--output", type=Path, default=Path("out/recovery"), help="folder of the results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=float, default=8e6, help="tokens of recovery")
+    parser.add_argument("--ratios", type=int, nargs="*", default=[2, 4, 8], help="base KV heads per shared head")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--no-control", dest="control", action="store_false", help="leave out the MHA control")
+    parser.add_argument("--sweep", action="store_true", help="compare --rates and --scales on the calibration text")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3], help="learning rates; the first is used")
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.5], help="K/V rates relative to it, likewise")
+    parser.add_argument("--sft-rate", type=float, default=1e-3, help="learning rate of arms without distillation")
+    parser.add_argument("--rank", type=int, default=64, help="LoRA rank")
+    parser.add_argument("--calibration-blocks", type=int, default=128)
+    parser.add_argument("--held-out-blocks", type=int, help="measure on the first of them only")
+    parser.add_argument("--block-size", type=int, default=512, help="tokens per block")
+    parser.add_argument("--batch-size", type=int, default=32, help="blocks per step")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

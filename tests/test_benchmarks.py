@@ -1,0 +1,231 @@
+"""The speed benchmarks run on small shapes, print their JSON line and notice what is wrong; what they rest on."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import CASES, adapted, prompt, stock
+from reference import dense_reference, relative_error, rows_alone
+from torch import nn
+
+from asymgqa_peft.families import HeadShape
+from asymgqa_peft.merge import group_costs
+from asymgqa_peft.sites import attention_sites
+from asymgqa_peft.statistics import LayerStatistics
+from asymgqa_peft.threads import map_in_threads
+
+sys.path.append(str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
+import conversion
+import decode
+import growth
+import overhead
+import quality_per_byte
+import shapes
+
+TINY = "--shape tiny --groups 2 --device cpu"
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a benchmark's main in this process; the JSON object of its last line."""
+
+    def result(benchmark, arguments: str) -> dict:
+        benchmark.main(arguments.split())
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["commit"] and found["torch"] and found["rows"]
+        return found
+
+    return result
+
+
+# --------------------------------------------------------------------------------------------------- the scripts
+
+
+def test_conversion_says_where_every_second_goes(run):
+    result = run(conversion, f"{TINY} --blocks 8 --length 64 --rank 4")
+    rows = {row["stage"]: row for row in result["rows"]}
+    assert {"capture", "statistics", "pair costs", "search", "merge", "refit", "converted stream"} < rows.keys()
+    total = rows.pop("total")
+    assert sum(row["measured, s"] for row in rows.values()) == pytest.approx(total["measured, s"])
+    assert result["kl_initialised"] < result["kl_classic"]
+    assert result["cost_over_neighbour"] < 1
+
+
+def test_decode_measures_every_arm(run):
+    result = run(decode, f"{TINY} --only attention model batch --layers 1 --batches 1 --contexts 64 --rank 4")
+    parts = result["parts"]
+    arms = {decode.MHA, decode.EQUAL, decode.ADAPTER, decode.MERGED, decode.EXPANDED}
+    assert {row["arm"] for row in parts["attention"]} == arms
+    assert all(row["us"] > 0 and row["error"] < 1e-4 for row in parts["attention"])
+    assert not any(row["failed"] for part in ("attention", "model") for row in parts[part])
+    assert {row["error to adapter"] < 1e-4 for row in parts["model"] if row["arm"] == decode.MERGED} == {True}
+    assert parts["batch"][2]["x MHA"] == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("slots", "implementation", "cache", "padded", "expected"),
+    [
+        (12, "eager", "dynamic", False, True),
+        (12, "sdpa", "dynamic", False, False),
+        (12, "flex_attention", "dynamic", True, True),  # 12 is no power of two
+        (16, "flex_attention", "dynamic", True, False),
+        (12, "grouped_sdpa", "static", True, False),
+    ],
+)
+def test_expansion_is_seen_where_it_happens(slots, implementation, cache, padded, expected):
+    model, config = expansion_model(slots)
+    assert decode.expands(model, config, implementation, cache, padded) is expected
+
+
+@pytest.mark.parametrize(("implementation", "expected"), [("sdpa", True), ("grouped_sdpa", False)])
+def test_expansion_is_seen_in_a_compiled_step(implementation: str, expected: bool):
+    model, config = expansion_model(12)
+    assert decode.expands_compiled(model, config, implementation, padded=False) is expected
+
+
+def expansion_model(slots: int):
+    """What the part 'expansion' looks at."""
+    sizes = {"hidden_size": 8 * slots, "num_attention_heads": slots, "num_key_value_heads": 2, "head_dim": 64}
+    config = shapes.shape_config("tiny", 1, **sizes)
+    return shapes.random_llama(config, "cpu", torch.float32), config
+
+
+def test_grouped_sdpa_equals_sdpa_under_a_mask():
+    model, config = expansion_model(12)
+    logits = []
+    for implementation in ("sdpa", "grouped_sdpa"):
+        inputs = decode.decoding_inputs(model, config, implementation, "static", padded=True)
+        with torch.no_grad():
+            logits.append(model(**inputs).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+def test_overhead_compares_with_lora(run):
+    rows = run(overhead, "--device cpu --batch 1 --length 32 --steps 1 --rank 4")["rows"]
+    assert [row["arm"] for row in rows][0] == "LoRA" and len(rows) == 4
+    assert rows[0]["step x LoRA"] == 1 and all(row["step, ms"] > 0 for row in rows)
+
+
+def test_growth_fits_exponents(run):
+    result = run(growth, "--device cpu --only files")
+    assert result["adapter, bytes exponent"] == pytest.approx(1, abs=0.05)
+    assert growth.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert growth.slope([1, 2], [3, None]) is None
+
+
+def test_quality_per_byte_ranks_points_by_budget(run, tmp_path):
+    recovered = {"arm": "recovered", "KV bytes/token": 3072, "recovered": 6.0}
+    (tmp_path / "results.jsonl").write_text(json.dumps({"rows": [recovered, {**recovered, "recovered": 8.0}]}) + "\n")
+    small = "--ratios 4 --bits 16 4 --blocks 4 --block-size 128 --held-out-blocks 2 --rank 4 --device cpu"
+    result = run(quality_per_byte, f"{small} --results {tmp_path / 'results.jsonl'} --plot {tmp_path / 'plot'}")
+    points = {row["arm"]: row for row in result["rows"]}
+    assert points["recovered"]["perplexity"] == 7 and points["recovered"]["share of MHA"] == 0.25
+    assert points["MHA, 4 bits"]["kv_bytes_per_token"] == points["MHA, 16 bits"]["kv_bytes_per_token"] * 5 / 16
+    assert points["MHA, 4 bits"]["perplexity"] != points["MHA, 16 bits"]["perplexity"]
+    assert result["choices"][2]["arm"] == "recovered"
+    assert {path.suffix for path in tmp_path.glob("plot.*")} == {".png", ".svg"}
+
+
+# ------------------------------------------------------------------------------------- what the scripts would miss
+
+
+def test_attention_of_other_groups_is_noticed():
+    query, cache = torch.randn(1, 1, 4, 8), torch.randn(2, 1, 2, 16, 8)
+    slots = decode.Slots(decode.slot_layout([[0, 1], [2, 3]], 1), torch.device("cpu"))
+    out = decode.attention(query.transpose(1, 2), cache[0], cache[1], "folded").transpose(1, 2)
+    right, wrong = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    assert decode.relative_error(out, query, *cache, slots, right, gathered=True) < 1e-6
+    assert decode.relative_error(out, query, *cache, slots, wrong, gathered=True) > 0.1
+
+
+def test_a_cell_that_fails_costs_no_other():
+    def fails(error: Exception) -> dict:
+        raise error
+
+    assert decode.guarded(fails, torch.OutOfMemoryError("x")) == {"failed": "out of memory"}
+    assert "no kernel" in decode.guarded(fails, RuntimeError("no kernel"))["failed"]
+    assert decode.guarded(fails, decode.WrongResult("0.5"))["failed"].startswith("WRONG")
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(32, 8), (16, 4), (8, 2), (6, 1)])
+def test_unequal_groups_are_a_partition(heads: int, groups: int):
+    partition = shapes.unequal_groups(heads, groups)
+    assert len(partition) == groups and min(map(len, partition)) > 0
+    assert sorted(head for group in partition for head in group) == list(range(heads))
+
+
+def test_rounding_to_a_grid_is_within_half_a_step():
+    states = torch.randn(2, 3, 5, 40, generator=torch.Generator().manual_seed(0))
+    steps = (states.amax(-1) - states.amin(-1)).max() / 15
+    error = (quality_per_byte.rounded(states, 4) - states).abs().max()
+    assert 0.1 * steps < error < 0.6 * steps
+    assert (quality_per_byte.rounded(states, 8) - states).abs().max() < error / 8
+
+
+# -------------------------------------------------------------------------------------------------- what they rest on
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_threads_keep_order_and_give_the_count_back(two_threads):
+    counts = map_in_threads(lambda item: (item, torch.get_num_threads()), [3, 1, 2])
+    assert counts == [(3, 1), (1, 1), (2, 1)] and torch.get_num_threads() == 2
+    with pytest.raises(ZeroDivisionError):
+        map_in_threads(lambda item: 1 / item, [1, 0])
+    assert torch.get_num_threads() == 2
+
+
+def test_costs_do_not_depend_on_threads(two_threads):
+    shape = HeadShape(48, 6, 6, 8, 8)
+    statistics, generator = LayerStatistics(shape), torch.Generator().manual_seed(0)
+    statistics.update(*(torch.randn(2, 200, 48, generator=generator) for _ in range(3)))
+    moments = statistics.moments(torch.randn(48, 48, generator=generator))
+    groups = [(0, 1), (2, 3), (1, 4, 5), (0, 2, 3, 4), (5,)]
+    threaded = group_costs(moments, groups, shape, "residual", "principal")
+    torch.set_num_threads(1)
+    assert threaded.min() == 0 < threaded.max()
+    torch.testing.assert_close(
+        threaded, group_costs(moments, groups, shape, "residual", "principal"), rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-gqa", "phi3", "olmo2"])
+def test_without_a_cache_no_slot_is_empty(name: str):
+    """The heads that the attention sees, with and without a cache; the logits are the reference's both times."""
+    model = adapted(name).eval()
+    site, seen = attention_sites(model)[0], []
+    handle = site.output.register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[-1]), prepend=True)
+    inputs = {"input_ids": prompt()}
+    expected = rows_alone(dense_reference(stock(name), adapted(name), CASES[name].groups), inputs)
+    for cached in (True, False):
+        assert relative_error(model, inputs | {"use_cache": cached}, expected) < 5e-6
+    handle.remove()
+    padded, heads = CASES[name].slots * site.shape.head_dim, site.shape.num_attention_heads * site.shape.head_dim
+    assert padded > heads
+    assert seen == [padded, padded if name == "olmo2" else heads]  # OLMo-2 norms all stored keys together
+
+
+def test_gradients_do_not_depend_on_the_layout():
+    gradients = []
+    for cached in (True, False):
+        model = adapted("llama").train()
+        model(input_ids=prompt(), labels=prompt(), use_cache=cached).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert len(gradients[0]) > 10 and gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_seconds_of_a_call_are_positive():
+    assert 0 < shapes.graph_seconds([lambda: nn.functional.relu(torch.ones(8))] * 2, "cpu") < math.inf
