@@ -1,0 +1,243 @@
+r"""The published experiment at small scale: what a task loses when a fine-tuned model's KV heads are shared.
+
+    python recipes/task_accuracy.py --model DIR --output out/sst2       # every arm, every ratio: hours on a CPU
+    python recipes/task_accuracy.py --output out/sst2 --ratios 4 --seeds 0 --recover 0 10000
+
+An MHA model is fine-tuned on SST-2 (sentence -> good or bad), converted at each ratio by each arm with groups and
+statistics from training sentences only, recovered on 0, 10,000 and 60,000 training examples, and measured on the
+official development set, 872 sentences, which nothing is chosen on: --choose measures on the last 2,000 training
+examples instead, which are never trained on. SST-2 is read from --data (train.tsv and dev.tsv: the training set;
+test.tsv: the development set) or downloaded. Prints mean accuracy and largest deviation over seeds, and one JSON line.
+An interrupted run goes on where it stopped; processes with other options may share --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from experiments import ARMS, Cells, arm_config, distilled, train
+from folders import replacing
+from peft import get_peft_model
+from reporting import print_report
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
+
+RECIPES = Path(__file__).resolve().parent
+QUESTION, ANSWERS = " It was", (" bad", " good")
+SET_ASIDE = 2000
+"""Training examples that are never trained on: choices are made on them."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised sentences, each followed by the question, and their labels (0 bad, 1 good)."""
+
+    prompts: list[list[int]]
+    labels: list[int]
+    answers: tuple[int, int]
+
+    def __getitem__(self, part: slice) -> Examples:
+        return Examples(self.prompts[part], self.labels[part], self.answers)
+
+    def shuffled(self, count: int, seed: int) -> Examples:
+        """`count` of them in a seeded random order."""
+        chosen = torch.randperm(len(self.prompts), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+        return Examples([self.prompts[i] for i in chosen], [self.labels[i] for i in chosen], self.answers)
+
+    def rows(self, whole: bool) -> Dataset:
+        """Training rows; the loss counts the answer, or the whole sequence."""
+        ids = [[*p, self.answers[label]] for p, label in zip(self.prompts, self.labels, strict=True)]
+        targets = ids if whole else [[-100] * (len(row) - 1) + row[-1:] for row in ids]
+        return Dataset.from_dict({"input_ids": ids, "labels": targets})
+
+    def batches(self, size: int, pad: int) -> list[dict[str, torch.Tensor]]:
+        """Right-padded prompts: dicts of input_ids and attention_mask, (B, T)."""
+        chunks = [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
+        ids = [pad_sequence([torch.tensor(p) for p in chunk], batch_first=True, padding_value=-1) for chunk in chunks]
+        return [{"input_ids": i.masked_fill(i < 0, pad), "attention_mask": (i >= 0).long()} for i in ids]
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    """Run what is missing and print the table."""
+    args = parse_args(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    training, development = (tokenised(rows, tokenizer) for rows in read_sst2(args.data))
+    training, set_aside = training[:-SET_ASIDE], training[-SET_ASIDE:]
+    measured = set_aside if args.choose else development
+    cells = Cells(args.output / ("choices" if args.choose else "runs"))
+    for seed in args.seeds:
+        folder = fine_tuned(training, tokenizer, seed, args)
+        key = {"ratio": "1:1", "arm": "MHA", "examples": len(training.prompts), "seed": seed}
+        cells.get(key, lambda: {"accuracy": accuracy(load(folder, args), measured, tokenizer)})  # noqa: B023
+        for ratio in args.ratios:
+            for arm in args.arms:
+                for count in args.recover:
+                    key = {"ratio": f"{ratio}:1", "arm": arm, "examples": count, "seed": seed}
+                    cells.get(
+                        key,
+                        lambda: convert(folder, arm, ratio, count, seed, training, measured, tokenizer, args),  # noqa: B023
+                    )
+    table = summary(cells.all())
+    print_report(table, args.device, arguments={name: str(value) for name, value in vars(args).items()})
+    return table
+
+
+def read_sst2(folder: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """(training, development) sentences with labels, from local files or the Hub."""
+    if folder.is_dir():
+        parts = {name: _read_tsv(folder / f"{name}.tsv") for name in ("train", "dev", "test")}
+        return parts["train"] + parts["dev"], parts["test"]
+    loaded = load_dataset("stanfordnlp/sst2")
+    return tuple([(row["sentence"], row["label"]) for row in loaded[split]] for split in ("train", "validation"))
+
+
+def _read_tsv(path: Path) -> list[tuple[str, int]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [(row["sentence"], int(row["label"])) for row in reader]
+
+
+def tokenised(rows: list[tuple[str, int]], tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """Sentences with the question after them; every example starts with the end-of-text token."""
+    answers = tuple(tokenizer(answer, add_special_tokens=False).input_ids[0] for answer in ANSWERS)
+    if answers[0] == answers[1]:
+        raise ValueError(
+            f"the tokenizer begins {ANSWERS[0]!r} and {ANSWERS[1]!r} with the same token: change ANSWERS."
+        )
+    texts = [sentence.strip() + QUESTION for sentence, _ in rows]
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    return Examples([[tokenizer.eos_token_id, *row] for row in ids], [label for _, label in rows], answers)
+
+
+def fine_tuned(training: Examples, tokenizer: PreTrainedTokenizerBase, seed: int, args: argparse.Namespace) -> Path:
+    """Folder of the MHA model fine-tuned with this seed, all its weights; trained if absent."""
+    folder = args.output / f"mha-{seed}"
+    if not folder.exists():
+        model = load(args.model, args)
+        rows = training.shuffled(len(training.prompts), seed).rows(whole=False)
+        steps = math.ceil(len(rows) * args.epochs / args.batch_size)
+        options = {"steps": steps, "batch_size": args.batch_size, "learning_rate": args.fine_tuning_rate}
+        train(model, tokenizer, rows, seed=seed, **options)
+        with replacing(folder, overwrite=False) as beside:
+            model.save_pretrained(beside)
+    return folder
+
+
+def load(folder: Path, args: argparse.Namespace) -> torch.nn.Module:
+    """A checkpoint in float32 on the device."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device)
+
+
+def convert(
+    folder: Path,
+    arm: str,
+    ratio: int,
+    count: int,
+    seed: int,
+    training: Examples,
+    measured: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace,
+) -> dict:
+    """Accuracy of one conversion after recovery on `count` examples."""
+    base = load(folder, args)
+    config = AsymGQAConfig(
+        num_key_value_heads=base.config.num_key_value_heads // ratio,
+        r=args.rank,
+        lora_alpha=args.rank,
+        seed=seed,
+        task_type="CAUSAL_LM",
+        **arm_config(arm),
+    )
+    model = get_peft_model(base, config)
+    calibration = training.shuffled(args.calibration_examples, seed).batches(256, tokenizer.pad_token_id)
+    initialize_asymgqa_weights(model, calibration, progress=False)
+    if count:
+        train(
+            model,
+            tokenizer,
+            training.shuffled(count, seed).rows(whole=distilled(arm)),
+            steps=math.ceil(count / args.batch_size),
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            seed=seed,
+            distillation_weight=1.0 if distilled(arm) else 0.0,
+        )
+    return {"accuracy": accuracy(model, measured, tokenizer)}
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, examples: Examples, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Share, in percent, of examples whose right answer has the higher logit after the prompt."""
+    model.eval()
+    device = next(model.parameters()).device
+    guesses = []
+    for batch in examples.batches(256, tokenizer.pad_token_id):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        last = batch["attention_mask"].sum(1) - 1
+        logits = model(**batch).logits[torch.arange(len(last), device=device), last]
+        guesses.append(logits[:, examples.answers].argmax(1).cpu())
+    return 100 * (torch.cat(guesses) == torch.tensor(examples.labels)).double().mean().item()
+
+
+def summary(cells: list[dict]) -> list[dict]:
+    """One row per ratio and arm: mean accuracy and largest deviation over seeds, a column per number of examples."""
+    groups: dict[tuple, dict[int, list[float]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["ratio"], cell["arm"]), {}).setdefault(cell["examples"], []).append(cell["accuracy"])
+    counts = sorted({cell["examples"] for cell in cells if cell["arm"] != "MHA"})
+    order = ["MHA", *ARMS]
+    rows = []
+    for ratio, arm in sorted(groups, key=lambda key: (key[0], order.index(key[1]))):
+        results = groups[ratio, arm]
+        by_count = {f"{count:,}": spread(results.get(count)) for count in counts}
+        if arm == "MHA":
+            by_count = {name: spread(next(iter(results.values()))) for name in by_count} or {
+                "all": spread(next(iter(results.values())))
+            }
+        rows.append({"ratio": ratio, "arm": arm, **by_count, "seeds": max(map(len, results.values()))})
+    return rows
+
+
+def spread(values: list[float] | None) -> str | None:
+    """Mean and largest deviation from it."""
+    if not values:
+        return None
+    mean = statistics.fmean(values)
+    return f"{mean:.1f} +- {max(abs(value - mean) for value in values):.1f}"
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="folder of an MHA model")
+    parser.add_argument(
+        "--data", type=Path, default=RECIPES.parent.parent / "shared/data/sst2", help="folder of SST-2"
+    )
+    parser.add_argument("--output", type=Path, default=Path("out/task_accuracy"), help="fine-tuned models and results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ratios", type=int, nargs="*", default=[2, 4, 8], help="base KV heads per shared head")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="default: all")
+    parser.add_argument("--recover", type=int, nargs="+", default=[0, 10_000, 60_000], help="examples of recovery")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--choose", action="store_true", help="measure on training examples that were set aside")
+    parser.add_argument("--rank", type=int, default=64, help="LoRA rank")
+    parser.add_argument("--batch-size", type=int, default=64, help="examples per step")
+    parser.add_argument("--epochs", type=float, default=2.0, help="of fine-tuning the MHA model")
+    parser.add_argument("--fine-tuning-rate", type=float, default=3e-4, help="learning rate of the MHA model")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the recovery")
+    parser.add_argument("--calibration-examples", type=int, default=4096)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
