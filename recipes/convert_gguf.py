@@ -1,0 +1,36 @@
+"""llama.cpp's own converter, told the pre-tokenizer of a tokenizer that it does not know.
+
+    python recipes/convert_gguf.py LLAMA_CPP PRE_TOKENIZER CHECKPOINT --outfile model.gguf --outtype f32
+
+LLAMA_CPP is a folder of llama.cpp's sources. Its converter knows byte-level BPE tokenizers by a hash of what they make
+of one string, so a tokenizer with a vocabulary of its own stops it ("BPE pre-tokenizer was not recognized"), although
+the rule by which text is split before BPE is nearly always one that llama.cpp has under some model's name: "gpt-2" for
+a plain ByteLevel pre-tokenizer, "llama-bpe" for Llama 3's, "qwen2" for Qwen's. Look at "pre_tokenizer" in
+tokenizer.json, and check a few texts against the original tokenizer afterwards. Known tokenizers keep their own name.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(sources: str, pre_tokenizer: str, *arguments: str) -> None:
+    sys.path.insert(0, sources)
+    import convert_hf_to_gguf
+    from conversion.base import TextModel
+
+    recognise = TextModel.get_vocab_base_pre
+
+    def recognise_or_believe(self, tokenizer) -> str:
+        try:
+            return recognise(self, tokenizer)
+        except NotImplementedError:
+            return pre_tokenizer
+
+    TextModel.get_vocab_base_pre = recognise_or_believe
+    sys.argv = ["convert_hf_to_gguf.py", *arguments]
+    convert_hf_to_gguf.main()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

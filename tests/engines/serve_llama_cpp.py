@@ -1,0 +1,41 @@
+"""llama.cpp, through its own converter to GGUF and the Python binding that carries its sources."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+from llama_cpp import Llama
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+SOURCES = Path(sys.prefix) / "source" / "vendor" / "llama.cpp"  # where engines.sh leaves them
+PRE_TOKENIZER = "gpt-2"  # that of the bundled model: ByteLevel with GPT-2's expression, a vocabulary of its own
+
+
+class Engine:
+    version = f"llama-cpp-python {llama_cpp.__version__}"
+
+    def __init__(self, checkpoint: Path, scratch: Path):
+        file = scratch / "model.gguf"
+        converter = [sys.executable, str(RECIPES / "convert_gguf.py"), str(SOURCES), PRE_TOKENIZER]
+        subprocess.run([*converter, str(checkpoint), "--outfile", str(file), "--outtype", "f32"], check=True)
+        cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        self.llama = Llama(str(file), n_ctx=512, logits_all=True, verbose=False, **cache)
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        self.llama.reset()
+        self.llama.eval(ids)
+        return self.llama.scores[: len(ids)].copy()
+
+    def greedy(self, ids: list[int], count: int) -> list[int]:
+        tokens = self.llama.generate(ids, temp=0.0, repeat_penalty=1.0)
+        return [next(tokens) for _ in range(count)]
+
+    def kv_heads(self) -> int:
+        return llama_cpp.llama_model_n_head_kv(self.llama._model.model)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.llama.tokenize(text.encode(), add_bos=False)
