@@ -1,4 +1,4 @@
-"""Pictures of a conversion: groups and costs per layer, similar heads, quality against the size of the KV cache.
+"""Pictures of a conversion: groups and costs per layer, similar heads, quality against the size of the KV cache, loss.
 
 Every function writes ``path`` as PNG and as SVG and returns both paths. Figures are made without pyplot: no global
 backend is chosen or changed, nothing stays open. Needs the extra ``plot``.
@@ -6,6 +6,8 @@ backend is chosen or changed, nothing stays open. Needs the extra ``plot``.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from .groups import Partition
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     from .initialize import InitializationReport
 
@@ -27,6 +30,10 @@ COLOUR_MAP = "cividis"  # the same order of lightness for every kind of colour v
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*"  # seven colours and eight markers: 56 arms before a combination returns
 POINT_KEYS = ("arm", "kv_bytes_per_token", "perplexity")
+CURVE_MARKS = 8  # markers along a loss curve, however many points it has
+LOG_FACTOR = 4  # values that span more than this factor get a logarithmic axis
+
+Curve = list[tuple[float, float]]
 
 
 def plot_groups(report: InitializationReport, path: str | Path) -> list[Path]:
@@ -71,7 +78,7 @@ def plot_similarities(
                 "give (K, K) matrices and groups that hold each of the K heads once."
             )
     ordered = [matrix[order][:, order] for matrix in matrices]
-    figure = _new_figure(height=4.3)
+    figure = _new_figure(height=3.9)
     axes = figure.subplots(1, 2)
     scale = {"vmin": min(0.0, *(float(matrix.min()) for matrix in ordered)), "vmax": 1.0, "cmap": COLOUR_MAP}
     for panel, matrix, title in zip(axes, ordered, ("as in the checkpoint", "in the best bases"), strict=True):
@@ -99,16 +106,47 @@ def plot_quality(points: Sequence[Mapping[str, Any]], path: str | Path) -> list[
     figure = _new_figure(height=4.5)
     axes = figure.subplots()
     for index, (arm, line) in enumerate(arms.items()):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        sizes, perplexities = zip(*sorted(line), strict=True)
-        axes.plot(sizes, perplexities, color=colour, marker=marker, markersize=6, linewidth=1.8, label=arm)
+        _draw_line(axes, index, arm, sorted(line))
         if len(line) == 1:
-            axes.axhline(perplexities[0], color=colour, linewidth=1, linestyle="--", zorder=0)
+            axes.axhline(line[0][1], color=COLOURS[index % len(COLOURS)], linewidth=1, linestyle="--", zorder=0)
     _scale_quality(axes, [point for line in arms.values() for point in line])
-    axes.legend(frameon=False)
-    axes.grid(color="#E5E5E5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    _open_frame(axes)
+    _add_legend_and_grid(axes)
+    return _save(figure, path)
+
+
+def plot_losses(
+    curves: Mapping[str, Sequence[Mapping[str, Any]] | Sequence[tuple[float, float]]],
+    path: str | Path,
+    key: str = "loss",
+) -> list[Path]:
+    """Draw how the loss of one or several recoveries fell.
+
+    Args:
+        curves: name in the legend -> ``trainer.state.log_history``, or pairs (step, loss). Losses are drawn over
+            tokens where every log entry counts them (TRL's ``num_tokens``), over steps otherwise. A loss that is not
+            finite leaves a gap.
+        path: where to write; a suffix .png or .svg is replaced.
+        key: which entry of the logs: "loss" is what was trained on, and comparable only between arms of one objective;
+            "eval_loss", or `AsymGQATrainer`'s "sft_loss" and "distillation_loss".
+
+    Raises:
+        ValueError: if there is no curve, or one without a finite loss.
+    """
+    if not curves:
+        raise ValueError("curves is empty: give at least one log_history.")
+    with_tokens = all(_counts_tokens(log, key) for log in curves.values())
+    lines = {name: _loss_curve(name, log, key, with_tokens) for name, log in curves.items()}
+    figure = _new_figure(height=4.5)
+    axes = figure.subplots()
+    for index, (name, line) in enumerate(lines.items()):
+        _draw_line(axes, index, name, line, markevery=max(1, len(line) // CURVE_MARKS))
+    axes.set_xlim(left=0)
+    axes.set_xlabel("tokens" if with_tokens else "steps")
+    axes.set_ylabel(f"{key.replace('_', ' ')} (lower is better)")
+    if with_tokens:
+        axes.xaxis.set_major_formatter(_short_numbers())
+    _scale_by_factor(axes, [loss for line in lines.values() for _, loss in line if math.isfinite(loss)])
+    _add_legend_and_grid(axes)
     return _save(figure, path)
 
 
@@ -166,9 +204,9 @@ def _label_heads(axes: Axes, order: Sequence[int]) -> None:
     axes.spines[:].set_visible(False)  # they would cover the frames of the outer groups
 
 
-def _collect_arms(points: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+def _collect_arms(points: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     """(bytes, perplexity) of every arm, arms in order of appearance."""
-    arms: dict[str, list[tuple[float, float]]] = {}
+    arms: dict[str, Curve] = {}
     for index, point in enumerate(points):
         missing = [key for key in POINT_KEYS if key not in point]
         if missing:
@@ -179,9 +217,41 @@ def _collect_arms(points: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[f
     return arms
 
 
-def _scale_quality(axes: Axes, measured: list[tuple[float, float]]) -> None:
-    """Ticks at the measured cache sizes; a logarithmic axis where values span a factor."""
-    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+def _counts_tokens(log: Sequence[Any], key: str) -> bool:
+    entries = [entry for entry in log if not isinstance(entry, Mapping) or key in entry]
+    return all(isinstance(entry, Mapping) and "num_tokens" in entry for entry in entries)
+
+
+def _loss_curve(name: str, log: Sequence[Any], key: str, with_tokens: bool) -> Curve:
+    """(tokens or step, loss) of every entry that has the loss, in order."""
+    place = "num_tokens" if with_tokens else "step"
+    try:
+        pairs = [
+            (entry[place], entry[key]) if isinstance(entry, Mapping) else entry
+            for entry in log
+            if not isinstance(entry, Mapping) or key in entry
+        ]
+        curve = [(float(where), float(loss)) for where, loss in pairs]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"curves[{name!r}] is no log_history and no list of (step, loss) ({type(error).__name__}: {error})."
+        ) from error
+    if not any(math.isfinite(loss) for _, loss in curve):
+        logged = sorted({entry for line in log if isinstance(line, Mapping) for entry in line})
+        seen = f"its entries hold {', '.join(logged)}" if logged else f"it has {len(curve)} points"
+        raise ValueError(f"curves[{name!r}] has no finite {key!r}; {seen}: log it, or choose another key.")
+    return curve
+
+
+def _draw_line(axes: Axes, index: int, name: str, line: Curve, **style: Any) -> None:
+    """One arm in its own colour and marker."""
+    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    axes.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=6, linewidth=1.8, label=name, **style)
+
+
+def _scale_quality(axes: Axes, measured: Curve) -> None:
+    """Ticks at the measured cache sizes; logarithmic axes where values span a factor."""
+    from matplotlib.ticker import NullLocator
 
     sizes, perplexities = sorted({size for size, _ in measured}), [perplexity for _, perplexity in measured]
     if sizes[0] > 0 and len(sizes) > 1:
@@ -190,11 +260,32 @@ def _scale_quality(axes: Axes, measured: list[tuple[float, float]]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("KV cache, KiB per token")
     axes.set_ylabel("perplexity (lower is better)")
-    if max(perplexities) > 4 * min(perplexities):
+    _scale_by_factor(axes, perplexities)
+
+
+def _scale_by_factor(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where positive values span a factor, with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if min(values) > 0 and max(values) > LOG_FACTOR * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _short_numbers() -> EngFormatter:
+    """1 500 000 as "1.5M"."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")
+
+
+def _add_legend_and_grid(axes: Axes) -> None:
+    axes.legend(frameon=False)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    _open_frame(axes)
 
 
 def _open_frame(axes: Axes) -> None:
@@ -211,14 +302,22 @@ def _new_figure(height: float) -> Figure:
 
 
 def _save(figure: Figure, path: str | Path) -> list[Path]:
-    """Write PNG and SVG beside each other; the same figure gives the same bytes."""
-    from matplotlib import rc_context
-
+    """Write PNG and SVG beside each other, each whole or not at all; the same figure gives the same bytes."""
     path = Path(path)
     stem = path.with_suffix("") if path.suffix.lower() in (".png", ".svg") else path  # keep the .5 of "qwen2.5"
     stem.parent.mkdir(parents=True, exist_ok=True)
-    written = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
-    with rc_context({"svg.hashsalt": "asymgqa_peft"}):
-        figure.savefig(written[0], dpi=DPI, facecolor="white")
-        figure.savefig(written[1], facecolor="white", metadata={"Date": None})
+    return [_save_as(figure, stem, form, metadata) for form, metadata in (("png", {}), ("svg", {"Date": None}))]
+
+
+def _save_as(figure: Figure, stem: Path, form: str, metadata: dict[str, None]) -> Path:
+    from matplotlib import rc_context
+
+    written = stem.with_name(f"{stem.name}.{form}")
+    beside = written.with_name(f"{written.name}.{os.getpid()}.partial")
+    try:
+        with rc_context({"svg.hashsalt": "asymgqa_peft"}):
+            figure.savefig(beside, format=form, dpi=DPI, facecolor="white", metadata=metadata)
+        beside.replace(written)
+    finally:
+        beside.unlink(missing_ok=True)
     return written

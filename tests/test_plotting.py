@@ -19,6 +19,14 @@ POINTS = [
     {"arm": "neighbour", "kv_bytes_per_token": 4096, "perplexity": 2670.0},
     {"arm": "neighbour", "kv_bytes_per_token": 8192, "perplexity": 313.0},
 ]
+LOGS = {  # as Trainer and TRL write them: the last entry sums up and has no loss
+    "distilled": [
+        {"loss": 2.0, "num_tokens": 1e6, "step": 10},
+        {"loss": 0.25, "num_tokens": 2e6, "step": 20},
+        {"train_loss": 1.1, "step": 20},
+    ],
+    "SFT": [{"loss": 3.0, "num_tokens": 1e6, "step": 10}, {"loss": 2.5, "num_tokens": 2e6, "step": 20}],
+}
 SIMILARITIES = torch.arange(36.0).reshape(6, 6) / 36
 
 
@@ -34,7 +42,11 @@ def draw_quality(path):
     return plotting.plot_quality(POINTS, path)
 
 
-PLOTS = [draw_groups, draw_similarities, draw_quality]
+def draw_losses(path):
+    return plotting.plot_losses(LOGS, path)
+
+
+PLOTS = [draw_groups, draw_similarities, draw_quality, draw_losses]
 
 
 def settings():
@@ -72,6 +84,22 @@ def test_other_suffixes_are_part_of_the_name(tmp_path):
 def test_same_input_same_bytes(draw, tmp_path):
     first, second = draw(tmp_path / "a"), draw(tmp_path / "b")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+@pytest.mark.parametrize("draw", PLOTS)
+def test_an_interrupt_leaves_the_former_picture(draw, tmp_path, monkeypatch):
+    former = [path.read_bytes() for path in draw(tmp_path / "picture")]
+
+    def interrupted(figure, path, **options):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path / "picture")
+    files = sorted(tmp_path.iterdir())
+    assert [path.name for path in files] == ["picture.png", "picture.svg"]
+    assert [path.read_bytes() for path in files] == former
 
 
 @pytest.mark.parametrize("draw", PLOTS)
@@ -113,6 +141,42 @@ def test_arms_are_drawn_in_order_of_size(drawn, tmp_path):
 
 def test_one_point_is_enough(tmp_path):
     plotting.plot_quality(POINTS[:1], tmp_path / "picture")
+    plotting.plot_losses({"SFT": [(1, 3.0)]}, tmp_path / "losses")
+
+
+def drawn_losses(figure):
+    axes = figure.axes[0]
+    return axes.get_xlabel(), {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+
+
+def test_losses_are_drawn_over_tokens(drawn, tmp_path):
+    draw_losses(tmp_path / "picture")
+    where, lines = drawn_losses(drawn[0])
+    assert where == "tokens"
+    assert lines == {"distilled": [[1e6, 2.0], [2e6, 0.25]], "SFT": [[1e6, 3.0], [2e6, 2.5]]}
+    assert drawn[0].axes[0].get_yscale() == "log"  # 3 is more than four times 0.25
+
+
+def test_losses_are_drawn_over_steps_unless_every_curve_counts_tokens(drawn, tmp_path):
+    plotting.plot_losses({"SFT": LOGS["SFT"], "by hand": [(5, 2.75), (10, 2.5)]}, tmp_path / "picture")
+    where, lines = drawn_losses(drawn[0])
+    assert where == "steps"
+    assert lines == {"SFT": [[10, 3.0], [20, 2.5]], "by hand": [[5, 2.75], [10, 2.5]]}
+    assert drawn[0].axes[0].get_yscale() == "linear"
+
+
+def test_another_entry_of_the_logs(drawn, tmp_path):
+    log = [{"loss": 1.0, "step": 1}, {"eval_loss": 4.0, "step": 1}, {"eval_loss": 3.0, "step": 2}]
+    plotting.plot_losses({"SFT": log}, tmp_path / "picture", key="eval_loss")
+    assert drawn_losses(drawn[0])[1] == {"SFT": [[1, 4.0], [2, 3.0]]}
+    assert drawn[0].axes[0].get_ylabel().startswith("eval loss")
+
+
+def test_a_loss_that_is_not_finite_leaves_a_gap(drawn, tmp_path):
+    plotting.plot_losses({"SFT": [(1, 3.0), (2, float("nan")), (3, 2.0)]}, tmp_path / "picture")
+    line = drawn[0].axes[0].lines[0]
+    assert line.get_xdata().tolist() == [1, 2, 3]
+    assert [bool(loss == loss) for loss in line.get_ydata()] == [True, False, True]
 
 
 def test_bad_input_names_the_remedy(tmp_path):
@@ -120,6 +184,15 @@ def test_bad_input_names_the_remedy(tmp_path):
         plotting.plot_quality([], tmp_path / "picture")
     with pytest.raises(ValueError, match=r"points\[1\] lacks kv_bytes_per_token, perplexity"):
         plotting.plot_quality([POINTS[0], {"arm": "x"}], tmp_path / "picture")
+    with pytest.raises(ValueError, match="curves is empty"):
+        plotting.plot_losses({}, tmp_path / "picture")
+    with pytest.raises(ValueError, match=r"curves\['SFT'\] has no finite 'eval_loss'; its entries hold loss, num_tok"):
+        plotting.plot_losses({"SFT": LOGS["SFT"]}, tmp_path / "picture", key="eval_loss")
+    with pytest.raises(ValueError, match=r"curves\['SFT'\] has no finite 'loss'; it has 1 points"):
+        plotting.plot_losses({"SFT": [(1, float("inf"))]}, tmp_path / "picture")
+    with pytest.raises(ValueError, match=r"curves\['SFT'\] is no log_history"):
+        plotting.plot_losses({"SFT": [{"loss": 1.0}]}, tmp_path / "picture")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="each of the K heads once"):
         plotting.plot_similarities(SIMILARITIES, SIMILARITIES, [[0, 1], [1, 2]], tmp_path / "picture")
     with pytest.raises(ValueError, match="each of the K heads once"):
