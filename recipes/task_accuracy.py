@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,20 +74,15 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     training, development = (tokenised(rows, tokenizer) for rows in read_sst2(args.data))
     training, set_aside = training[:-SET_ASIDE], training[-SET_ASIDE:]
-    measured = set_aside if args.choose else development
+    task = Task(training, set_aside if args.choose else development, tokenizer, args)
     cells = Cells(args.output / ("choices" if args.choose else "runs"))
     for seed in args.seeds:
-        folder = fine_tuned(training, tokenizer, seed, args)
+        base = task.fine_tuned(seed)
         key = {"ratio": "1:1", "arm": "MHA", "examples": len(training.prompts), "seed": seed}
-        cells.get(key, lambda: {"accuracy": accuracy(load(folder, args), measured, tokenizer)})  # noqa: B023
-        for ratio in args.ratios:
-            for arm in args.arms:
-                for count in args.recover:
-                    key = {"ratio": f"{ratio}:1", "arm": arm, "examples": count, "seed": seed}
-                    cells.get(
-                        key,
-                        lambda: convert(folder, arm, ratio, count, seed, training, measured, tokenizer, args),  # noqa: B023
-                    )
+        cells.get(key, partial(task.untouched, base))
+        for ratio, arm, count in itertools.product(args.ratios, args.arms, args.recover):
+            key = {"ratio": f"{ratio}:1", "arm": arm, "examples": count, "seed": seed}
+            cells.get(key, partial(task.convert, base, arm, ratio, count, seed))
     table = summary(cells.all())
     print_report(table, args.device, arguments={name: str(value) for name, value in vars(args).items()})
     return table
@@ -118,61 +115,56 @@ def tokenised(rows: list[tuple[str, int]], tokenizer: PreTrainedTokenizerBase) -
     return Examples([[tokenizer.eos_token_id, *row] for row in ids], [label for _, label in rows], answers)
 
 
-def fine_tuned(training: Examples, tokenizer: PreTrainedTokenizerBase, seed: int, args: argparse.Namespace) -> Path:
-    """Folder of the MHA model fine-tuned with this seed, all its weights; trained if absent."""
-    folder = args.output / f"mha-{seed}"
-    if not folder.exists():
-        model = load(args.model, args)
-        rows = training.shuffled(len(training.prompts), seed).rows(whole=False)
-        steps = math.ceil(len(rows) * args.epochs / args.batch_size)
-        options = {"steps": steps, "batch_size": args.batch_size, "learning_rate": args.fine_tuning_rate}
-        train(model, tokenizer, rows, seed=seed, **options)
-        with replacing(folder, overwrite=False) as beside:
-            model.save_pretrained(beside)
-    return folder
+@dataclass(frozen=True)
+class Task:
+    """What all cells share: examples to train on and to measure on, and the options."""
 
+    training: Examples
+    measured: Examples
+    tokenizer: PreTrainedTokenizerBase
+    args: argparse.Namespace
 
-def load(folder: Path, args: argparse.Namespace) -> torch.nn.Module:
-    """A checkpoint in float32 on the device."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device)
+    def fine_tuned(self, seed: int) -> Path:
+        """Folder of the MHA model fine-tuned with this seed, all its weights; trained if absent."""
+        args, folder = self.args, self.args.output / f"mha-{seed}"
+        if not folder.exists():
+            model = self._load(args.model)
+            rows = self.training.shuffled(len(self.training.prompts), seed).rows(whole=False)
+            steps = math.ceil(len(rows) * args.epochs / args.batch_size)
+            options = {"steps": steps, "batch_size": args.batch_size, "learning_rate": args.fine_tuning_rate}
+            train(model, self.tokenizer, rows, seed=seed, **options)
+            with replacing(folder, overwrite=False) as beside:
+                model.save_pretrained(beside)
+        return folder
 
+    def untouched(self, base: Path) -> dict:
+        """Accuracy of the fine-tuned MHA model."""
+        return {"accuracy": accuracy(self._load(base), self.measured, self.tokenizer)}
 
-def convert(
-    folder: Path,
-    arm: str,
-    ratio: int,
-    count: int,
-    seed: int,
-    training: Examples,
-    measured: Examples,
-    tokenizer: PreTrainedTokenizerBase,
-    args: argparse.Namespace,
-) -> dict:
-    """Accuracy of one conversion after recovery on `count` examples."""
-    base = load(folder, args)
-    config = AsymGQAConfig(
-        num_key_value_heads=base.config.num_key_value_heads // ratio,
-        r=args.rank,
-        lora_alpha=args.rank,
-        seed=seed,
-        task_type="CAUSAL_LM",
-        **arm_config(arm),
-    )
-    model = get_peft_model(base, config)
-    calibration = training.shuffled(args.calibration_examples, seed).batches(256, tokenizer.pad_token_id)
-    initialize_asymgqa_weights(model, calibration, progress=False)
-    if count:
-        train(
-            model,
-            tokenizer,
-            training.shuffled(count, seed).rows(whole=distilled(arm)),
-            steps=math.ceil(count / args.batch_size),
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            seed=seed,
-            distillation_weight=1.0 if distilled(arm) else 0.0,
-        )
-    return {"accuracy": accuracy(model, measured, tokenizer)}
+    def convert(self, base: Path, arm: str, ratio: int, count: int, seed: int) -> dict:
+        """Accuracy of one conversion after recovery on `count` examples."""
+        args, model = self.args, self._load(base)
+        groups = model.config.num_key_value_heads // ratio
+        options = {"r": args.rank, "lora_alpha": args.rank, "seed": seed, "task_type": "CAUSAL_LM"}
+        model = get_peft_model(model, AsymGQAConfig(num_key_value_heads=groups, **options, **arm_config(arm)))
+        calibration = self.training.shuffled(args.calibration_examples, seed)
+        batches = calibration.batches(256, self.tokenizer.pad_token_id)
+        initialize_asymgqa_weights(model, batches, progress=False)
+        if count:
+            train(
+                model,
+                self.tokenizer,
+                self.training.shuffled(count, seed).rows(whole=distilled(arm)),
+                steps=math.ceil(count / args.batch_size),
+                batch_size=args.batch_size,
+                learning_rate=args.learning_rate,
+                seed=seed,
+                distillation_weight=1.0 if distilled(arm) else 0.0,
+            )
+        return {"accuracy": accuracy(model, self.measured, self.tokenizer)}
+
+    def _load(self, folder: Path) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.args.device)
 
 
 @torch.no_grad()
@@ -199,12 +191,10 @@ def summary(cells: list[dict]) -> list[dict]:
     rows = []
     for ratio, arm in sorted(groups, key=lambda key: (key[0], order.index(key[1]))):
         results = groups[ratio, arm]
+        if arm == "MHA":  # one number, whatever the conversions recover on
+            results = dict.fromkeys(counts, *results.values())
         by_count = {f"{count:,}": spread(results.get(count)) for count in counts}
-        if arm == "MHA":
-            by_count = {name: spread(next(iter(results.values()))) for name in by_count} or {
-                "all": spread(next(iter(results.values())))
-            }
-        rows.append({"ratio": ratio, "arm": arm, **by_count, "seeds": max(map(len, results.values()))})
+        rows.append({"ratio": ratio, "arm": arm, **by_count, "seeds": max(map(len, results.values()), default=0)})
     return rows
 
 

@@ -14,8 +14,11 @@ it goes on where it stopped; processes with other options may share --output.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +37,8 @@ from reporting import print_report  # noqa: E402
 from stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts  # noqa: E402
 
 CONTROL = "control: MHA, SFT"
+Cell = tuple[dict, Callable[[], dict]]
+"""What identifies a run, and how it is measured."""
 SWEEP_BLOCKS = 48
 """Blocks at the end of the calibration text that a sweep measures on."""
 
@@ -55,20 +60,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     run = Run(args, tokenizer, text, calibration, measured)
     cells.get({"ratio": "1:1", "arm": "base", "seed": 0}, run.base)
     for seed in args.seeds:
-        if args.sweep:
-            for ratio in args.ratios:
-                for rate in args.rates:
-                    for scale in args.scales:
-                        key = {"ratio": f"{ratio}:1", "arm": OURS, "seed": seed, "rate": rate, "scale": scale}
-                        cells.get(key, lambda: run.convert(OURS, ratio, seed, rate, scale))  # noqa: B023
-            continue
-        if args.control:
-            cells.get({"ratio": "1:1", "arm": CONTROL, "seed": seed}, lambda: run.control(seed))  # noqa: B023
-        for ratio in args.ratios:
-            for arm in args.arms:
-                key = {"ratio": f"{ratio}:1", "arm": arm, "seed": seed}
-                rate = args.rates[0] if distilled(arm) else args.sft_rate
-                cells.get(key, lambda: run.convert(arm, ratio, seed, rate, args.scales[0]))  # noqa: B023
+        for key, measure in (run.sweep if args.sweep else run.comparison)(seed):
+            cells.get(key, measure)
     rows = with_ratio_to_base(cells.all())
     print_report(rows, args.device, arguments={name: str(value) for name, value in vars(args).items()})
     return rows
@@ -80,6 +73,22 @@ class Run:
     def __init__(self, args: argparse.Namespace, tokenizer, text, calibration, measured):
         self.args, self.tokenizer, self.text = args, tokenizer, text
         self.calibration, self.measured = calibration, measured
+
+    def comparison(self, seed: int) -> Iterator[Cell]:
+        """The control and every arm at every ratio, with the first rate and scale."""
+        args = self.args
+        if args.control:
+            yield {"ratio": "1:1", "arm": CONTROL, "seed": seed}, partial(self.control, seed)
+        for ratio, arm in itertools.product(args.ratios, args.arms):
+            rate = args.rates[0] if distilled(arm) else args.sft_rate
+            key = {"ratio": f"{ratio}:1", "arm": arm, "seed": seed}
+            yield key, partial(self.convert, arm, ratio, seed, rate, args.scales[0])
+
+    def sweep(self, seed: int) -> Iterator[Cell]:
+        """The default arm with every rate and scale."""
+        for ratio, rate, scale in itertools.product(self.args.ratios, self.args.rates, self.args.scales):
+            key = {"ratio": f"{ratio}:1", "arm": OURS, "seed": seed, "rate": rate, "scale": scale}
+            yield key, partial(self.convert, OURS, ratio, seed, rate, scale)
 
     def load(self) -> torch.nn.Module:
         """The base in float32 on the device."""
