@@ -282,7 +282,7 @@ def _outcome(report: InitializationReport) -> list[str]:
 
 def _use_adapter(name: str) -> str:
     return f"""\
-The package `asymgqa_peft` must be installed and imported, or PEFT does not know the method.
+The package `asymgqa_peft` must be installed and imported, or PEFT stops with `KeyError: 'ASYM_GQA'`.
 
 ```python
 import asymgqa_peft  # registers the method with PEFT

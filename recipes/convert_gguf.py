@@ -11,11 +11,14 @@ tokenizer.json, and check a few texts against the original tokenizer afterwards.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 
 
-def main(sources: str, pre_tokenizer: str, *arguments: str) -> None:
-    sys.path.insert(0, sources)
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+    sys.path.insert(0, str(args.sources))
     import convert_hf_to_gguf
     from conversion.base import TextModel
 
@@ -25,12 +28,24 @@ def main(sources: str, pre_tokenizer: str, *arguments: str) -> None:
         try:
             return recognise(self, tokenizer)
         except NotImplementedError:
-            return pre_tokenizer
+            return args.pre_tokenizer
 
     TextModel.get_vocab_base_pre = recognise_or_believe
-    sys.argv = ["convert_hf_to_gguf.py", *arguments]
+    sys.argv = ["convert_hf_to_gguf.py", *args.converter]
     convert_hf_to_gguf.main()
 
 
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    """Our two arguments, and what goes to the converter unread."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", metavar="LLAMA_CPP", type=Path, help="folder of llama.cpp's sources")
+    parser.add_argument("pre_tokenizer", metavar="PRE_TOKENIZER", help="llama.cpp's name of it, e.g. gpt-2")
+    parser.add_argument("converter", metavar="CHECKPOINT ...", nargs=argparse.REMAINDER, help="for the converter")
+    args = parser.parse_args(arguments)
+    if not (args.sources / "convert_hf_to_gguf.py").is_file():
+        parser.error(f"LLAMA_CPP={args.sources} lacks convert_hf_to_gguf.py: name a folder of llama.cpp's sources.")
+    return args
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

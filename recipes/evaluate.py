@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from folders import check_writable, write_json
+from folders import check_writable, in_one_line, model_called, write_json
 from peft import AutoPeftModelForCausalLM
 from reporting import print_report, provenance
 from torch import nn
@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output:
         check_writable(args.output.parent)
     tasks = find_tasks(args) if args.tasks else None
-    tokenizer = AutoTokenizer.from_pretrained(args.models[0])
+    with in_one_line(model_called(args.models[0])):
+        tokenizer = AutoTokenizer.from_pretrained(args.models[0])
     batches = []
     if args.text:
         documents = islice(read_documents(args.text), args.max_documents)
@@ -132,7 +133,8 @@ def find_tasks(args: argparse.Namespace) -> TaskManager:
 
 def load_model(name: str, args: argparse.Namespace) -> nn.Module:
     """A checkpoint, or an adapter on the base that it names."""
-    adapter = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+    with in_one_line(model_called(name)):
+        adapter = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
     loader = AutoModelForCausalLM if adapter is None else AutoPeftModelForCausalLM
     return loader.from_pretrained(name, dtype=args.dtype).to(args.device).eval()
 

@@ -37,6 +37,20 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
+@contextmanager
+def in_one_line(subject: str) -> Iterator[None]:
+    """Exit with the message alone, no traceback, where the user's input is at fault."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{subject}: {error}") from error
+
+
+def model_called(name: str) -> str:
+    """A model's name for an error message, which shows that a folder was looked for first."""
+    return name if Path(name).exists() else f"{name} is no folder here, and as a repository"
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON; a reader never sees half a file."""
     beside = path.with_name(path.name + ".partial")

@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from folders import replacing
+from folders import in_one_line, model_called, replacing
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -63,6 +63,8 @@ def write_merged(folder: Path, config: AsymGQAConfig, args: argparse.Namespace, 
 def write_adapter(folder: Path, config: AsymGQAConfig, args: argparse.Namespace, name: str, **card) -> None:
     """Copy the adapter and describe it; no model is loaded."""
     source = base_source(config, args)
+    if args.push and not args.base_model and Path(source).exists():
+        raise SystemExit(f"--push {args.push}: the base {source} is a folder: name its repository with --base-model.")
     base = AutoConfig.from_pretrained(source, revision=base_revision(config, args))
     conversion = Conversion.from_configs(config, base, base_model=args.base_model)
     adapter = Path(args.adapter)
@@ -91,7 +93,8 @@ def push(args: argparse.Namespace) -> str:
 
 def load_adapter_config(adapter: str) -> AsymGQAConfig:
     """The adapter's configuration, before any weights are read."""
-    config = PeftConfig.from_pretrained(adapter)
+    with in_one_line(model_called(adapter)):
+        config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, AsymGQAConfig):
         raise SystemExit(f"{adapter} is a {config.peft_type.value} adapter, not of asymgqa_peft: merge it with PEFT.")
     return config

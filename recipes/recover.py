@@ -23,7 +23,7 @@ import merge_and_push
 import torch
 from checkpoints import checkpoint_bytes, checkpoint_to_resume, held_bytes, is_finished
 from datasets import Dataset, load_dataset
-from folders import check_space, check_writable, replacing, write_json
+from folders import check_space, check_writable, in_one_line, model_called, replacing, write_json
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from reporting import print_report
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
@@ -77,17 +77,22 @@ class Data:
 
 Start = tuple[PeftModel, InitializationReport, list[dict]]
 """An adapter ready to be trained, how it was initialised, and what it and its base were measured at."""
+FILES = (".txt", ".json", ".jsonl")
 INITIALIZATION, EVALUATION = "initialization.json", "evaluation.json"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args, training = TrlParser((ConversionArguments, SFTConfig)).parse_args_and_config(arguments)
+    with in_one_line("options"):
+        args, training = TrlParser((ConversionArguments, SFTConfig)).parse_args_and_config(arguments)
     unset_hf_deepspeed_config()  # else ZeRO-3 would shard, on loading, weights that the initialisation has to read
     output = check_writable(training.output_dir)
     check_hub_targets(args)
+    check_dataset(args.dataset)
     with training.main_process_first(local=False, desc="choosing the checkpoint"):  # it renames half-written ones
         checkpoint = checkpoint_to_resume(training)
-    check_space(output, bytes_to_write(args, training) - held_bytes(output))
+    with in_one_line(model_called(args.model_name_or_path)):  # no such base, or one that the options do not fit
+        needed = bytes_to_write(args, training)
+    check_space(output, needed - held_bytes(output))
     set_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     with training.main_process_first(desc="reading the data"):
@@ -113,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_json(output / EVALUATION, rows)
         print_report(rows, device=training.device, arguments=vars(args))
         publish(args, output)
+        print(f"The adapter lies in {output / 'adapter'}, all numbers beside it.")
 
 
 def check_hub_targets(args: ConversionArguments) -> None:
@@ -125,6 +131,15 @@ def check_hub_targets(args: ConversionArguments) -> None:
         )
     for repo_id in filter(None, (args.hub_adapter_id, args.hub_merged_id)):
         check_push_target(repo_id)
+
+
+def check_dataset(name: str) -> None:
+    """Find out before any work whether a file that `dataset` names can be read; Hub ids are left to `datasets`."""
+    path = Path(name)
+    if path.suffix in FILES and not path.is_file():
+        raise SystemExit(f"dataset={name!r}: no such file. Give a file of yours with --dataset, or a Hub id.")
+    if path.suffix not in FILES and path.is_file():
+        raise SystemExit(f"dataset={name!r}: files are read as {', '.join(FILES)}; rename plain text to .txt.")
 
 
 def bytes_to_write(args: ConversionArguments, training: SFTConfig) -> int:
@@ -153,7 +168,7 @@ def initialise(args: ConversionArguments, training: SFTConfig, data: Data) -> St
         {
             "model": name,
             "held-out perplexity": value,
-            "KV bytes/token": kv_cache_bytes_per_token(cached, torch.bfloat16),
+            "KV bytes/token": kv_cache_bytes_per_token(cached, model.config.dtype or torch.float32),
         }
         for name, cached, value in numbers
     ]

@@ -141,6 +141,9 @@ def test_the_converter_believes_the_user_only_where_it_knows_nothing(tmp_path):
     command = [sys.executable, str(converter), str(tmp_path), "gpt-2", "folder", "--outtype", "f32"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed == "['folder', '--outtype', 'f32'] ['qwen2', 'gpt-2']\n"
+    command[2] = str(tmp_path / "conversion")
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and f"LLAMA_CPP={command[2]} lacks convert_hf_to_gguf.py" in refused.stderr
 
 
 def test_every_engine_has_its_runner():

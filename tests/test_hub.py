@@ -214,6 +214,14 @@ def test_recipe_publishes_an_adapter_without_loading_a_model(saved, monkeypatch)
     assert (output / "chat_template.jinja").exists()
 
 
+def test_recipe_asks_for_the_repository_of_a_base_in_a_folder(saved, monkeypatch):
+    monkeypatch.setattr(merge_and_push, "check_push_target", lambda *args, **options: None)
+    monkeypatch.setattr(merge_and_push, "base_source", lambda config, args: str(saved))
+    with pytest.raises(SystemExit, match="--push me/copy: the base .* is a folder.*--base-model"):
+        run_recipe(monkeypatch, saved / "adapter", "--output", saved / "copy", "--adapter-only", "--push", "me/copy")
+    assert not (saved / "copy").exists()
+
+
 def test_recipe_says_how_to_repeat_an_interrupted_push(saved, monkeypatch):
     def interrupted(*args, **options):
         raise ConnectionError("cut")

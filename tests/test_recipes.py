@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import fields
 from pathlib import Path
 
+import evaluate
 import merge_and_push
 import pytest
 import recover
@@ -15,7 +16,7 @@ from models import LLAMA3_ROPE
 from peft import AutoPeftModelForCausalLM
 from recovery import LENGTH, RECIPES, TEXT, losses, run, save_base, save_text, small
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from trl import SFTConfig, TrlParser
 
 LAUNCH = RECIPES / "configs" / "accelerate"  # see test_distributed.py
@@ -147,6 +148,51 @@ def test_an_adapter_that_nobody_could_load_is_told_before_anything_is_loaded(tmp
     command = small(tmp_path / "base", tmp_path / "none.txt", tmp_path / "out", hub_adapter_id="me/adapter")
     with pytest.raises(SystemExit, match="'me/adapter'.*is a folder of yours"):
         recover.main(command)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("none.txt", "no such file"), ("none.jsonl", "no such file"), ("book.md", "read as .txt")]
+)
+def test_an_unreadable_file_is_told_before_anything_is_loaded(name, message, tmp_path, monkeypatch):
+    (tmp_path / "book.md").write_text("Text.")
+    monkeypatch.setattr(recover.AutoTokenizer, "from_pretrained", lambda name: pytest.fail(f"{name} was loaded"))
+    with pytest.raises(SystemExit, match=f"dataset=.*{name}.*{message}"):
+        recover.main(small(RECIPES / "tiny_model", tmp_path / name, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        ("none", {}, "none is no folder here, and as a repository: "),
+        ("base", {"num_key_value_heads": 9}, "num_key_value_heads=9 exceeds the base's 8 KV heads"),
+        ("base", {"grouping": "assymetric"}, "grouping='assymetric' is unknown: use one of"),
+        ("other", {}, "model_type='gpt2' is not supported.*Supported:.*llama"),
+    ],
+)
+def test_a_base_that_the_options_do_not_fit_is_told_in_one_line(base, changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(recover, "load_base", lambda *args: pytest.fail("the base was loaded"))
+    save_base(tmp_path / "base")
+    GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=8).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match=message):
+        recover.main(small(tmp_path / base, save_text(tmp_path / "text.txt"), tmp_path / "out", **changes))
+
+
+def test_a_wrong_configuration_file_is_told_in_one_line(tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    with pytest.raises(SystemExit, match="options: .*No such file.*wrong.yaml"):
+        recover.main(["--config", str(wrong)])
+    wrong.write_text((RECIPES / "configs" / "tiny.yaml").read_text() + "lora_rank: 8\n")
+    with pytest.raises(SystemExit, match="options: .*lora_rank"):
+        recover.main(["--config", str(wrong), "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_missing_folder_is_told_in_one_line(tmp_path):
+    message = "none is no folder here, and as a repository: "
+    with pytest.raises(SystemExit, match=message):
+        merge_and_push.main([str(tmp_path / "none"), "--output", str(tmp_path / "plain")])
+    with pytest.raises(SystemExit, match=message):
+        evaluate.main([str(tmp_path / "none")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_was_trained_is_published_as_asked(tmp_path, monkeypatch):
