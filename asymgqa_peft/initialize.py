@@ -65,8 +65,9 @@ class InitializationReport:
     notes: list[str]
 
     def save(self, path: str | Path) -> None:
-        """Write JSON; a reader never sees half a file."""
+        """Write JSON, and the folder it goes to if need be; a reader never sees half a file."""
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

@@ -323,12 +323,13 @@ def test_report_survives_a_file(tmp_path):
     _, report = initialised()
     assert report.tokens == IDS.numel() and report.peak_memory > 0
     assert {"statistics", "search", "merge", "refit"} <= report.seconds.keys()
-    path = tmp_path / "report.json"
+    path = tmp_path / "new" / "report.json"
+    report.save(path)
     path.write_text("old", encoding="utf-8")
     report.save(path)
     assert InitializationReport.load(path) == report
     assert json.loads(path.read_text(encoding="utf-8"))["head_groups"] == report.head_groups
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
     for text in ("[1]", "{}", "no json", '{"head_groups": []}'):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="report.json.*InitializationReport"):

@@ -27,7 +27,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), namespace)
     assert namespace["plain"].config.num_key_value_heads < namespace["base"].config.num_attention_heads
-    assert (tmp_path / "plain" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "plain" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("code", blocks("bash"))
