@@ -14,7 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from peft import AutoPeftModelForCausalLM
-from recovery import ENVIRONMENT, LENGTH, RECIPES, losses, save_base, save_text, small, tokenizer, weights
+from recovery_runs import ENVIRONMENT, LENGTH, RECIPES, losses, save_base, save_text, small, tokenizer, weights
 from transformers import AutoModelForCausalLM
 
 LAUNCH = {path.stem: path for path in sorted((RECIPES / "configs" / "accelerate").rglob("*.yaml"))}

@@ -16,7 +16,7 @@ import pytest
 import recover
 import torch
 from checkpoints import checkpoint_bytes, checkpoint_to_resume
-from recovery import ENVIRONMENT, RECIPES, losses, save_base, save_text, small, weights
+from recovery_runs import ENVIRONMENT, RECIPES, losses, save_base, save_text, small, weights
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, TrlParser

@@ -14,7 +14,7 @@ import torch
 import yaml
 from models import LLAMA3_ROPE
 from peft import AutoPeftModelForCausalLM
-from recovery import LENGTH, RECIPES, TEXT, losses, run, save_base, save_text, small
+from recovery_runs import LENGTH, RECIPES, TEXT, losses, run, save_base, save_text, small
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from trl import SFTConfig, TrlParser
