@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .evaluate import kv_cache_bytes_per_token
 from .export import ExportPlan, StockModel
 from .families import head_shape
+from .files import written_beside
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ class ExportReport:
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the report as JSON; a reader never sees half a file."""
+        with written_beside(path) as beside:
+            beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         """A table with one column per model."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -22,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .files import written_beside
 from .groups import HeadGroups, Partition, default_max_group_size, split_evenly
 from .layers import SharedQKV, mean_over_groups
 from .merge import AttentionWeights, MergedLayer, group_costs, head_similarity, merge_layer, pair_costs
@@ -66,14 +66,8 @@ class InitializationReport:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, and the folder it goes to if need be; a reader never sees half a file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
+        with written_beside(path) as beside:
             beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> InitializationReport:

@@ -7,13 +7,13 @@ backend is chosen or changed, nothing stays open. Needs the extra ``plot``.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .files import written_beside
 from .groups import Partition
 
 if TYPE_CHECKING:
@@ -305,7 +305,6 @@ def _save(figure: Figure, path: str | Path) -> list[Path]:
     """Write PNG and SVG beside each other, each whole or not at all; the same figure gives the same bytes."""
     path = Path(path)
     stem = path.with_suffix("") if path.suffix.lower() in (".png", ".svg") else path  # keep the .5 of "qwen2.5"
-    stem.parent.mkdir(parents=True, exist_ok=True)
     return [_save_as(figure, stem, form, metadata) for form, metadata in (("png", {}), ("svg", {"Date": None}))]
 
 
@@ -313,11 +312,6 @@ def _save_as(figure: Figure, stem: Path, form: str, metadata: dict[str, None]) -
     from matplotlib import rc_context
 
     written = stem.with_name(f"{stem.name}.{form}")
-    beside = written.with_name(f"{written.name}.{os.getpid()}.partial")
-    try:
-        with rc_context({"svg.hashsalt": "asymgqa_peft"}):
-            figure.savefig(beside, format=form, dpi=DPI, facecolor="white", metadata=metadata)
-        beside.replace(written)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_beside(written) as beside, rc_context({"svg.hashsalt": "asymgqa_peft"}):
+        figure.savefig(beside, format=form, dpi=DPI, facecolor="white", metadata=metadata)
     return written

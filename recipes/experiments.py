@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from folders import write_json
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -58,9 +58,7 @@ class Cells:
         path = self.folder / f"{name}.json"
         if not path.exists():
             cell = {**key, **measure()}
-            beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-            beside.write_text(json.dumps(cell) + "\n", encoding="utf-8")
-            beside.replace(path)
+            write_json(path, cell)
             print(json.dumps(cell), flush=True)
         return json.loads(path.read_text(encoding="utf-8"))
 

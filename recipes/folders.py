@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from asymgqa_peft.files import written_beside
+
 
 def check_writable(folder: str | Path) -> Path:
     """The folder, made if need be; a full disk or a wrong right is told now and not after the training."""
@@ -53,9 +55,8 @@ def model_called(name: str) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON; a reader never sees half a file."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -116,13 +116,19 @@ def read(path: Path | None) -> list[str] | None:
         return [file.read()]
 
 
-def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def model_and_texts(description: str) -> argparse.ArgumentParser:
+    """A command line that names a model, what to calibrate on and what to measure on."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="folder of an MHA model")
     parser.add_argument("--calibration", type=Path, help="text to calibrate on (default: the validation modules)")
     parser.add_argument("--held-out", type=Path, help="text to measure on (default: the held-out modules)")
     parser.add_argument("--stdlib", type=Path, help="folder of another Python's standard library to read")
+    return parser
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = model_and_texts(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8], help="base KV heads per shared head")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration seeds")

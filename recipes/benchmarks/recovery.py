@@ -32,7 +32,7 @@ from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
 RECIPES = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(RECIPES), str(RECIPES / "benchmarks")]
 from experiments import ARMS, OURS, Cells, arm_config, distilled, train  # noqa: E402
-from initialization import read  # noqa: E402
+from initialization import model_and_texts, read  # noqa: E402
 from reporting import print_report  # noqa: E402
 from stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts  # noqa: E402
 
@@ -172,12 +172,8 @@ def with_ratio_to_base(cells: list[dict]) -> list[dict]:
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="folder of an MHA model")
+    parser = model_and_texts(__doc__)
     parser.add_argument("--text", type=Path, help="text to train on (default: the bundled model's training modules)")
-    parser.add_argument("--calibration", type=Path, help="text to calibrate on (default: the validation modules)")
-    parser.add_argument("--held-out", type=Path, help="text to measure on (default: the held-out modules)")
-    parser.add_argument("--stdlib", type=Path, help="folder of another Python's standard library to read")
     parser.add_argument("--output", type=Path, default=Path("out/recovery"), help="folder of the results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=float, default=8e6, help="tokens of recovery")

@@ -22,7 +22,8 @@ class Engine:
     @torch.no_grad()
     def logits(self, ids: list[int]) -> np.ndarray:
         """(T, V)"""
-        return self.model(torch.tensor([ids])).logits[0].numpy()
+        inputs = torch.tensor([ids])
+        return self.model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0].numpy()
 
     def greedy(self, ids: list[int], count: int) -> list[int]:
         """The `count` tokens after ids, through the engine's own cache."""
