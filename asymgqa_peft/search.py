@@ -21,6 +21,7 @@ from .groups import Group, Partition, split_evenly
 CostFunction = Callable[[Sequence[Group]], torch.Tensor]  # n groups -> their n costs
 Score = Callable[[Sequence[Group]], list[float]]  # the same with a memory: exact costs or the surrogate
 _Item = TypeVar("_Item")
+_Score = TypeVar("_Score", bound=Score)
 
 EXHAUSTIVE_HEADS = 8  # at most Bell(8) = 4140 partitions made of 255 groups: look at all of them
 RESTARTS = 8  # random starts of the local search
@@ -87,7 +88,7 @@ def search_partition(
         candidates = list(space.partitions(tuple(range(base_kv_heads)), num_groups))
         best = _choose(space, candidates, exact, _tolerance(candidates, exact))
     elif pair_costs is None:
-        optima, tolerance = _local_optima(space, exact, seed)
+        optima, tolerance = _local_optima(space, exact, seed, _descend_all)
         best = _choose(space, optima, exact, tolerance)
     else:
         best = _surrogate_search(space, exact, pair_costs, seed)
@@ -106,7 +107,7 @@ class _Exchange(NamedTuple):
         return tuple(sorted((*kept, *self.after)))
 
 
-_KnownChanges = dict[tuple[Group, Group], list[float]]  # two groups -> what each of their exchanges adds
+_Descent = Callable[["_Space", Sequence[Partition], _Score, float], list[Partition]]  # starts -> their local optima
 
 
 @dataclass(frozen=True)
@@ -239,25 +240,36 @@ class _PairSurrogate:
             )
         if not bool(pair_costs.triu(1).isfinite().all()):
             raise ValueError("pair_costs holds NaN or inf: look for NaN or inf in activations.")
-        self._pairs = pair_costs.tolist()
+        upper = pair_costs.to("cpu", torch.float64).triu(1)
+        self.matrix = upper + upper.T  # (K, K)
+        self._pairs = self.matrix.tolist()
         self._scale: dict[int, float] = {}
         self._known: dict[Group, float] = {}
 
     def __call__(self, groups: Sequence[Group]) -> list[float]:
-        known = self._known  # asked for millions of times
+        known = self._known
         return [known[group] if group in known else self._estimate(group) for group in groups]
 
     def _estimate(self, group: Group) -> float:
         pairs = sum(self._pairs[i][j] for i, j in combinations(group, 2))
-        self._known[group] = self._scale.get(len(group), 1.0) * 2 / len(group) * pairs
+        self._known[group] = self._weight(len(group)) * pairs
         return self._known[group]
+
+    def _weight(self, size: int) -> float:
+        return self._scale.get(size, 1.0) * 2 / size
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """(K + 2,): by size of the group, what the summed cost of its pairs is multiplied by."""
+        return torch.tensor([0.0, *map(self._weight, range(1, len(self._pairs) + 2))], dtype=torch.float64)
 
     def calibrate(self, exact: _ExactCosts, max_group_size: int, generator: random.Random) -> None:
         """Fit the scale of every size to the exact costs of groups grown greedily and of random ones."""
         heads = range(len(self._pairs))
         orders = []
         for _ in range(CALIBRATION_DRAWS):
-            orders += [self._nearest_first(generator.choice(heads)), generator.sample(heads, len(heads))]
+            orders += [self._nearest_first(generator.choice(heads), max_group_size)]
+            orders += [generator.sample(heads, len(heads))]
         samples = {size: [tuple(sorted(order[:size])) for order in orders] for size in range(3, max_group_size + 1)}
         exact([group for groups in samples.values() for group in groups])  # one round of batches for all sizes
         scale = {}
@@ -268,10 +280,11 @@ class _PairSurrogate:
         self._scale = scale
         self._known.clear()
 
-    def _nearest_first(self, head: int) -> list[int]:
-        """All heads from ``head`` on, each the cheapest to add to those before it."""
+    def _nearest_first(self, head: int, count: int) -> list[int]:
+        """``count`` heads from ``head`` on, each the cheapest to add to those before it."""
         order = [head]
-        while rest := [other for other in range(len(self._pairs)) if other not in order]:
+        while len(order) < count:
+            rest = [other for other in range(len(self._pairs)) if other not in order]
             order.append(rest[_argmin(self([_with(tuple(order), other) for other in rest]))])
         return order
 
@@ -281,7 +294,7 @@ def _surrogate_search(space: _Space, exact: _ExactCosts, pair_costs: torch.Tenso
     surrogate = _PairSurrogate(pair_costs, space.base_kv_heads)
     if space.least < space.greatest:  # with a single size, a scale per size changes nothing
         surrogate.calibrate(exact, space.greatest, random.Random(seed))
-    ends, tolerance = _local_optima(space, surrogate, seed)
+    ends, tolerance = _local_optima(space, surrogate, seed, _descend_by_pairs)
     optima = sorted(set(ends))
     ranked = _ranked(optima, [_total(partition, surrogate) for partition in optima], tolerance)
     candidates = [space.neighbour, *ranked[:FINALISTS]]
@@ -324,49 +337,85 @@ def _expected_change(exchange: _Exchange, surrogate: _PairSurrogate, exact: _Exa
     return change
 
 
-def _local_optima(space: _Space, score: Score, seed: int) -> tuple[list[Partition], float]:
+def _local_optima(space: _Space, score: _Score, seed: int, descend: _Descent[_Score]) -> tuple[list[Partition], float]:
     """Where local search ends from every start, with the neighbour partition itself, and the tolerance used."""
     generator = random.Random(seed)
     starts = [space.neighbour, _agglomerate(space, score)]
     starts += [space.shuffled(generator) for _ in range(RESTARTS)]
     tolerance = _tolerance(starts, score)
-    known: _KnownChanges = {}
-    return [space.neighbour, *(_descend(space, start, score, tolerance, known) for start in starts)], tolerance
+    return [space.neighbour, *descend(space, starts, score, tolerance)], tolerance
 
 
-def _descend(space: _Space, partition: Partition, score: Score, tolerance: float, known: _KnownChanges) -> Partition:
-    """Apply the best exchange until none improves. ``known`` carries what was computed from one call to the next."""
-    while best := _best_of_all(space, partition, score, tolerance, known):
+def _descend_by_pairs(
+    space: _Space, starts: Sequence[Partition], surrogate: _PairSurrogate, tolerance: float
+) -> list[Partition]:
+    """`_descend_all` of the surrogate, all starts in step: what an exchange adds to it has a closed form."""
+    ends = list(starts)
+    active = list(range(len(starts)))
+    while active:
+        changes = _pair_changes(space, [ends[index] for index in active], surrogate)
+        limit = changes.amin((1, 2), keepdim=True) + tolerance
+        tied: dict[int, list[Partition]] = {}
+        for row, head, target in ((changes < -tolerance) & (changes <= limit)).nonzero().tolist():
+            exchanged = _exchanged(ends[active[row]], head, target, space.base_kv_heads)
+            tied.setdefault(active[row], []).append(exchanged)
+        for index, results in tied.items():
+            ends[index] = min(results)
+        active = list(tied)
+    return ends
+
+
+def _pair_changes(space: _Space, partitions: Sequence[Partition], surrogate: _PairSurrogate) -> torch.Tensor:
+    """(n, K, K + G): what swapping head i with head j > i, or moving it to group g, adds; inf where not admitted."""
+    heads, num_groups = space.base_kv_heads, space.num_groups
+    owner = [{head: index for index, group in enumerate(partition) for head in group} for partition in partitions]
+    labels = torch.tensor([[own[head] for head in range(heads)] for own in owner])  # (n, K): group of each head
+    member = torch.nn.functional.one_hot(labels, num_groups).double()  # (n, K, G)
+    sizes = member.sum(1).long()  # (n, G)
+    weights = surrogate.weights
+    near = surrogate.matrix @ member  # (n, K, G): pairs of head i with the heads of group g
+    within = (near * member).sum(1) / 2  # (n, G): pairs inside group g
+    own_size, own_within = sizes.gather(1, labels), within.gather(1, labels)  # (n, K)
+    own_near = (near * member).sum(2)  # (n, K)
+
+    # What j in the place of i adds to the group of i; the transpose is the other half of the swap.
+    replaced = (near @ member.mT).mT - own_near[:, :, None] - surrogate.matrix
+    replaced = weights[own_size][:, :, None] * replaced
+    swaps = replaced + replaced.mT
+    apart = (labels[:, :, None] != labels[:, None, :]).triu(1)
+
+    left = weights[own_size - 1] * (own_within - own_near) - weights[own_size] * own_within
+    joined = weights[sizes + 1][:, None] * (within[:, None] + near) - (weights[sizes] * within)[:, None]
+    moves = left[:, :, None] + joined
+    admitted = (own_size > space.least)[:, :, None] & (sizes < space.greatest)[:, None] & (member == 0)
+    return torch.cat([swaps, moves], 2).masked_fill(~torch.cat([apart, admitted], 2), math.inf)
+
+
+def _exchanged(partition: Partition, head: int, target: int, base_kv_heads: int) -> Partition:
+    """The partition with ``head`` swapped with head ``target``, or moved to group ``target - K``."""
+    if target < base_kv_heads:
+        renamed = {head: target, target: head}
+        return tuple(sorted(tuple(sorted(renamed.get(other, other) for other in group)) for group in partition))
+    joined = partition[target - base_kv_heads]
+    return tuple(sorted(_with(group, head) if group == joined else _without(group, head) for group in partition))
+
+
+def _descend_all(space: _Space, starts: Sequence[Partition], score: Score, tolerance: float) -> list[Partition]:
+    """Where applying the best exchange until none improves leads from every start."""
+    return [_descend(space, start, score, tolerance) for start in starts]
+
+
+def _descend(space: _Space, partition: Partition, score: Score, tolerance: float) -> Partition:
+    while best := _best_exchange(partition, space.exchanges(partition), score, tolerance):
         partition = best.apply(partition)
     return partition
-
-
-def _best_of_all(
-    space: _Space, partition: Partition, score: Score, tolerance: float, known: _KnownChanges
-) -> _Exchange | None:
-    """`_best_exchange` of all exchanges; a step leaves all but two groups as they are, and their pairs are known."""
-    pairs = list(combinations(partition, 2))
-    missing = [pair for pair in pairs if pair not in known]
-    listed = [space.between(pair) for pair in missing]
-    changes = iter(_changes([exchange for exchanges in listed for exchange in exchanges], score))
-    for pair, exchanges in zip(missing, listed, strict=True):
-        known[pair] = [next(changes) for _ in exchanges]
-    limit = min((min(known[pair], default=0.0) for pair in pairs), default=0.0) + tolerance
-    promising = [pair for pair in pairs if min(known[pair], default=0.0) <= limit]
-    exchanges = [exchange for pair in promising for exchange in space.between(pair)]
-    return _first_of_best(partition, exchanges, [change for pair in promising for change in known[pair]], tolerance)
 
 
 def _best_exchange(
     partition: Partition, exchanges: Sequence[_Exchange], score: Score, tolerance: float
 ) -> _Exchange | None:
     """The exchange that saves most, if more than the tolerance; of tied ones, the first result in order of groups."""
-    return _first_of_best(partition, exchanges, _changes(exchanges, score), tolerance)
-
-
-def _first_of_best(
-    partition: Partition, exchanges: Sequence[_Exchange], changes: Sequence[float], tolerance: float
-) -> _Exchange | None:
+    changes = _changes(exchanges, score)
     best = min(changes, default=0.0)
     tied = [
         exchange

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asymgqa_peft.groups import split_evenly
-from asymgqa_peft.search import BATCH, CONFIRM, EXACT_BUDGET, search_partition
+from asymgqa_peft.search import (
+    BATCH,
+    CONFIRM,
+    EXACT_BUDGET,
+    _descend_all,
+    _descend_by_pairs,
+    _ExactCosts,
+    _PairSurrogate,
+    _Space,
+    search_partition,
+)
 
 
 class RandomCosts:
@@ -210,6 +220,34 @@ def test_neighbour_wins_ties(heads, with_pairs):
     result = search_partition(lambda groups: torch.ones(len(groups)), heads, 3, heads, False, 0, pairs)
     assert result.partition == split_evenly(range(heads), 3)
     assert result.cost == result.neighbour_cost == 3
+
+
+@settings(max_examples=40, deadline=None)
+@given(request=requests(9, 16), seed=st.integers(0, 2**16), levels=st.sampled_from([None, 3]))
+def test_descent_in_closed_form_equals_descent_by_trying_every_exchange(request, seed, levels):
+    """The surrogate's own values, one group at a time, lead every start to the same end; levels make ties."""
+    heads, num_groups, cap, symmetric = request
+    space = _Space.checked(heads, num_groups, cap, symmetric)
+    costs = RandomCosts(seed, levels)
+    surrogate = _PairSurrogate(costs.pairs(heads), heads)
+    generator = random.Random(seed)
+    surrogate.calibrate(_ExactCosts(costs), cap, generator)  # an arbitrary weight for every size
+    starts = [space.shuffled(generator) for _ in range(4)]
+    ends = _descend_all(space, starts, surrogate, 1e-9)
+    assert _descend_by_pairs(space, starts, surrogate, 1e-9) == ends
+    for start, end in zip(starts, ends, strict=True):
+        assert sum(surrogate(end)) <= sum(surrogate(start)) + 1e-9
+
+
+def test_descent_in_closed_form_goes_somewhere():
+    """Moves as well as swaps: the planted groups are unequal, the starts are not."""
+    costs = HiddenSubspaces((1, 3, 5, 7), 4, noise=0.1)
+    surrogate = _PairSurrogate(costs.pairs(), 16)
+    space = _Space.checked(16, 4, 7, False)
+    starts = [space.shuffled(random.Random(seed)) for seed in range(8)]
+    ends = _descend_by_pairs(space, starts, surrogate, 1e-9)
+    assert ends == _descend_all(space, starts, surrogate, 1e-9)
+    assert costs.planted in ends and costs.planted not in starts
 
 
 def test_pairs_tell_everything_about_a_mean():
