@@ -132,7 +132,7 @@ class Task:
             rows = self.training.shuffled(len(self.training.prompts), seed).rows(whole=False)
             steps = math.ceil(len(rows) * args.epochs / args.batch_size)
             options = {"steps": steps, "batch_size": args.batch_size, "learning_rate": args.fine_tuning_rate}
-            train(model, self.tokenizer, rows, seed=seed, **options)
+            train(model, self.tokenizer, rows, seed=seed, group_by_length=True, **options)
             with replacing(folder, overwrite=False) as beside:
                 model.save_pretrained(beside)
         return folder
@@ -157,9 +157,10 @@ class Task:
                 self.training.shuffled(count, seed).rows(whole=distilled(arm)),
                 steps=math.ceil(count / args.batch_size),
                 batch_size=args.batch_size,
-                learning_rate=args.learning_rate,
+                learning_rate=args.learning_rate if distilled(arm) else args.sft_rate,
                 seed=seed,
                 distillation_weight=1.0 if distilled(arm) else 0.0,
+                group_by_length=True,
             )
         return {"accuracy": accuracy(model, self.measured, self.tokenizer)}
 
@@ -222,9 +223,10 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--choose", action="store_true", help="measure on training examples that were set aside")
     parser.add_argument("--rank", type=int, default=64, help="LoRA rank")
     parser.add_argument("--batch-size", type=int, default=64, help="examples per step")
-    parser.add_argument("--epochs", type=float, default=2.0, help="of fine-tuning the MHA model")
-    parser.add_argument("--fine-tuning-rate", type=float, default=3e-4, help="learning rate of the MHA model")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the recovery")
+    parser.add_argument("--epochs", type=float, default=3.0, help="of fine-tuning the MHA model")
+    parser.add_argument("--fine-tuning-rate", type=float, default=1e-4, help="learning rate of the MHA model")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the recovery by distillation")
+    parser.add_argument("--sft-rate", type=float, default=1e-3, help="of the recovery by SFT")
     parser.add_argument("--calibration-examples", type=int, default=4096)
     return parser.parse_args(arguments)
 
