@@ -544,8 +544,9 @@ def targets(results: dict[str, list[dict]]) -> list[dict]:
     add(f"attention, MHA / ours at context {longest}", long, 3.0, False)
     add("attention, MHA / ours at every context", gains, 3.0, False)
     for arm, column in ((MERGED, "it / equal"), (ADAPTER, "it / equal + LoRA")):
-        ratios = [r[column] for r in model if r["arm"] == arm and r[column] and r["path"] == "full cache, no mask"]
-        add(f"model, {arm}, {column}, no mask", ratios, 1.05, True)
+        for path in MODEL_PATHS:
+            ratios = [r[column] for r in model if r["arm"] == arm and r[column] and r["path"] == path]
+            add(f"model, {arm}, {column}, {path}", ratios, 1.05, True)
     add("largest batch, ours / MHA", [row["x MHA"] for row in batch if row["arm"] == MERGED], 3.5, False)
     return found
 

@@ -96,7 +96,8 @@ def line_of(arm: str) -> str:
     """The line of the plot that a point lies on: MHA's widths make one, a conversion's ratios one per width."""
     if arm.startswith("MHA"):
         return "MHA, quantised"
-    return f"ours, {arm.rpartition(', ')[2]}" if arm.startswith("ours") else arm
+    name, _, widths = arm.partition(", ")
+    return f"ours, {widths}" if name.startswith("ours ") else arm
 
 
 # ------------------------------------------------------------------------------------------ the quantised cache
