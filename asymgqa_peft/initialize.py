@@ -8,7 +8,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,9 @@ class InitializationReport:
         similarity_before: per layer (K, K), mean cosine of two heads' keys and values as they are.
         similarity_after: per layer (K, K), how alike two heads are in the best bases; 1 is lossless sharing.
         tokens: tokens read, on all ranks, padding excluded.
-        seconds: time per stage.
+        seconds: wall time per stage. A search uses the CPU: on a GPU it runs beside the stages before it,
+            "converted stream" and "targets", and "search" is what had to be waited for.
+        search_seconds: what all searches took, waited for or not.
         peak_memory: bytes, the highest of a CUDA device, or of the process where none is used.
         notes: what could not be done, in sentences.
     """
@@ -61,6 +64,7 @@ class InitializationReport:
     similarity_after: list[Matrix]
     tokens: int
     seconds: dict[str, float]
+    search_seconds: float
     peak_memory: int
     notes: list[str]
 
@@ -240,6 +244,7 @@ class _Walk:
         )
         self.layers = [tuner.model.get_submodule(site.name.rpartition(".")[0]) for site in self.sites]
         self.seconds: dict[str, float] = defaultdict(float)
+        self.search_seconds = 0.0
         self.notes: dict[str, list[int]] = defaultdict(list)
 
     def check_tokens(self) -> None:
@@ -290,22 +295,20 @@ class _Walk:
             similarity_after=[after for _, after in similarities],
             tokens=self.tokens,
             seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            search_seconds=round(self.search_seconds, 3),
             peak_memory=_peak_memory(),
             notes=[f"layers {_ranges(layers)}: {note}" for note, layers in self.notes.items()],
         )
 
     def _layer(self, site: AttentionSite) -> tuple[Partition, float, float, tuple[Tensor, Tensor]]:
-        layer, index = self.layers[site.layer], site.layer
+        index = site.layer
         try:
             weights = AttentionWeights(**site.weights())
             _check_finite(weights)
             with self._timed("statistics"):
-                moments, targets = self._observe(site, weights)
-            with self._timed("pair costs"):
-                principal = pair_costs(moments, site.shape, "residual", "principal")
-            with self._timed("search"):
-                partition, cost, neighbour_cost = self._group(moments, principal, index)
-                similarity = head_similarity(moments, principal)
+                moments = self._moments(site, weights)
+            found, targets = self._groups_and_targets(site, moments, on_gpu=weights.output.is_cuda)
+            partition, cost, neighbour_cost, similarity = found
             with self._timed("merge"):
                 merged = merge_layer(moments, weights, partition, site.shape, self.config.merge)
                 self._write(site, partition, merged)
@@ -314,27 +317,58 @@ class _Walk:
                 self._refit(site, weights.output, targets)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from error
-        if index + 1 < len(self.sites):
-            with self._timed("converted stream"):
-                for batch, call in self.streams.through(layer, index, self.streams.current):
-                    self.streams.current[batch] = call().to(self.streams.home)
-        del self.streams.calls[index]
         return partition, cost, neighbour_cost, similarity
 
-    def _observe(self, site: AttentionSite, weights: AttentionWeights) -> tuple[LayerMoments, list[Tensor]]:
-        """Advance the original stream by one layer; statistics, on the CPU, and the refit's targets per batch."""
-        layer, streams = self.layers[site.layer], self.streams
+    def _groups_and_targets(
+        self, site: AttentionSite, moments: LayerMoments, on_gpu: bool
+    ) -> tuple[tuple, list[Tensor]]:
+        """What `_search` finds, and the refit's targets; a GPU computes those and their streams in the meantime."""
+        index = site.layer
+        with ThreadPoolExecutor(1) as beside:
+            searching = beside.submit(self._search, moments, index)
+            if not on_gpu:  # the streams would need the same cores
+                with self._timed("search"):
+                    wait([searching])
+            if index:
+                with self._timed("converted stream"):
+                    self._advance(index - 1)
+            with self._timed("targets"):
+                targets = self._targets(site)
+            with self._timed("search"):
+                return searching.result(), targets
+
+    def _advance(self, index: int) -> None:
+        """Advance the current stream by one converted layer, which nothing runs after."""
+        streams = self.streams
+        for batch, call in streams.through(self.layers[index], index, streams.current):
+            streams.current[batch] = call().to(streams.home)
+        del streams.calls[index]
+
+    def _moments(self, site: AttentionSite, weights: AttentionWeights) -> LayerMoments:
+        """The layer's statistics on the original stream, on the CPU; projections run, attention and MLP do not."""
         statistics = LayerStatistics(site.shape, weights.output.device)
-        bias = _base(site.output).bias
+        sources = _sources(site)
+        with self.model.disable_adapter(), recording(sources) as record, _stopping_at_last(sources, record):
+            for batch, call in self.streams.through(self.layers[site.layer], site.layer, self.streams.original):
+                record.clear()
+                with suppress(_Stop):
+                    call()
+                if record.keys() != sources.keys():
+                    break  # `recording` says which never ran
+                statistics.update(*_heads(site, record), mask=self.streams.masks[batch])
+        statistics.reduce()
+        return statistics.moments(weights.output).to("cpu")
+
+    def _targets(self, site: AttentionSite) -> list[Tensor]:
+        """Advance the original stream by one layer; what the refit aims at, per batch."""
+        streams, bias = self.streams, _base(site.output).bias
         targets = []
-        with self.model.disable_adapter(), recording({**_sources(site), "output": site.output}) as record:
-            for batch, call in streams.through(layer, site.layer, streams.original):
+        with self.model.disable_adapter(), recording({"output": site.output}) as record:
+            for batch, call in streams.through(self.layers[site.layer], site.layer, streams.original):
                 entering, streams.original[batch] = streams.original[batch], call().to(streams.home)
-                statistics.update(*_heads(site, record), mask=streams.masks[batch])
                 target = (record["output"] if bias is None else record["output"] - bias).to(streams.home)
                 targets.append(target + self._drift(site, entering, streams.current[batch]))
-        statistics.reduce()
-        return statistics.moments(weights.output).to("cpu"), targets
+        return targets
 
     def _drift(self, site: AttentionSite, original: Tensor, current: Tensor) -> Tensor | float:
         """What the converted stream has lost on the original one before this layer.
@@ -342,6 +376,16 @@ class _Walk:
         o_proj's output is added to the stream, so the refit can make up for earlier layers too.
         """
         return original - current if site.family.plain_residual else 0.0
+
+    def _search(self, moments: LayerMoments, index: int) -> tuple[Partition, float, float, tuple[Tensor, Tensor]]:
+        """The layer's groups, their cost, that of neighbours, and how alike heads are; on the CPU, in threads."""
+        start = time.perf_counter()
+        quick = moments.for_search()
+        principal = pair_costs(quick, self.shape, "residual", "principal")
+        groups = self._group(quick if self.config.merge == "principal" else moments, principal, index)
+        similarity = head_similarity(moments, principal)
+        self.search_seconds += time.perf_counter() - start
+        return *groups, similarity
 
     def _group(self, moments: LayerMoments, principal: Tensor, index: int) -> tuple[Partition, float, float]:
         """The layer's groups: kept if they need no data, searched otherwise. `principal`: principal pair costs."""
@@ -436,6 +480,22 @@ def _sources(site: AttentionSite) -> dict[str, nn.Module]:
         return {"qkv": site.key}
     key = getattr(site.attention, site.family.key_norm) if site.family.key_norm else site.key
     return {"query": site.query_source, "key": key, "value": site.value}
+
+
+@contextmanager
+def _stopping_at_last(sources: dict[str, nn.Module], record: dict[str, Tensor]) -> Iterator[None]:
+    """Leave the forward once all sources are recorded, whatever their order."""
+
+    def stop(*_) -> None:
+        if record.keys() == sources.keys():
+            raise _Stop
+
+    handles = [module.register_forward_hook(stop) for module in sources.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _heads(site: AttentionSite, record: dict[str, Tensor]) -> list[Tensor]:

@@ -73,9 +73,12 @@ class Slots(nn.Module):
     def __init__(self, layout: SlotLayout, device: torch.device) -> None:
         super().__init__()
         self.layout = layout
-        for name in ("kv_source", "head_of_slot", "slot_of_head"):
+        # An empty slot takes a copy of some head: nothing reads what comes of it, and one gather is all it costs.
+        head_of_slot = [max(head, 0) for head in layout.head_of_slot]
+        indices = {"kv_source": layout.kv_source, "head_of_slot": head_of_slot, "slot_of_head": layout.slot_of_head}
+        for name, index in indices.items():
             # Not persistent: they follow from head_groups, and a file must not be able to contradict it.
-            self.register_buffer(name, torch.tensor(getattr(layout, name), device=device), persistent=False)
+            self.register_buffer(name, torch.tensor(index, device=device), persistent=False)
         self.moves_queries = layout.head_of_slot != tuple(range(len(layout.slot_of_head)))
         self.copies_shared = layout.kv_source != tuple(range(max(layout.kv_source) + 1))
 
@@ -84,13 +87,8 @@ class Slots(nn.Module):
         return shared.index_select(-2, self.kv_source) if self.copies_shared else shared
 
     def scatter(self, heads: Tensor) -> Tensor:
-        """Query heads (B, T, H, D) -> slots (B, T, slots, D); empty slots are zero."""
-        if not self.moves_queries:
-            return heads
-        if self.layout.num_slots == heads.shape[-2]:
-            return heads.index_select(-2, self.head_of_slot)
-        slots = heads.new_zeros(*heads.shape[:-2], self.layout.num_slots, heads.shape[-1])
-        return slots.index_copy_(-2, self.slot_of_head, heads)
+        """Query heads (B, T, H, D) -> slots (B, T, slots, D); what an empty slot holds is of no account."""
+        return heads.index_select(-2, self.head_of_slot) if self.moves_queries else heads
 
     def gather(self, slots: Tensor) -> Tensor:
         """Slots (B, T, slots, D) -> query heads (B, T, H, D)."""

@@ -157,7 +157,7 @@ def group_costs(
         if size == 1:
             continue
         largest = max((size * shape.head_dim) ** 2, size**2 * shape.rotary_dim)
-        chunk = max(1, min(_CHUNK_ELEMENTS // largest, math.ceil(len(indices) / torch.get_num_threads())))
+        chunk = max(1, min(_CHUNK_ELEMENTS // largest, math.ceil(len(indices) / 4 / torch.get_num_threads())))
         parts += [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
 
     def evaluate(part: list[int]) -> Tensor:
@@ -265,7 +265,7 @@ def _tail_energy(matrix: Tensor, rank: int) -> Tensor:
     if matrix.shape[-1] == 2 and rank == 1:  # thousands per layer: one per pair of heads and frequency
         first, second = torch.diagonal(matrix, dim1=-2, dim2=-1).real.unbind(-1)
         return ((first + second) / 2 - torch.hypot((first - second) / 2, matrix[..., 0, 1].abs())).clamp_min(0)
-    return torch.linalg.eigvalsh(matrix)[..., :-rank].clamp_min(0).sum(-1)
+    return torch.linalg.eigvalsh(matrix)[..., :-rank].clamp_min(0).sum(-1, dtype=torch.float64)
 
 
 def _key_loss(moments: LayerMoments, members: Tensor, shape: HeadShape, merge: Merge) -> Tensor:

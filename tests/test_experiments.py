@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES / "benchmarks"))
 
+import quality_per_byte  # noqa: E402
 import recovery  # noqa: E402
 import task_accuracy  # noqa: E402
 from experiments import ARMS, OURS, Cells, arm_config, distilled  # noqa: E402
@@ -153,13 +154,18 @@ def test_recovery_benchmark_trains_every_arm_and_its_control(model, tmp_path, ca
     options = {"model": model, "text": text, "output": tmp_path, "tokens": 256, "ratios": 2, "rank": 4}
     options |= {"device": "cpu", "block-size": 64, "batch-size": 2, "calibration-blocks": 4, "held-out-blocks": 2}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    rows = recovery.main([*words, "--arms", NEIGHBOUR, OURS])
+    rows = recovery.main([*words, "--arms", NEIGHBOUR, OURS, "--bits", "4"])
     assert [row["arm"] for row in rows] == ["base", recovery.CONTROL, NEIGHBOUR, OURS]
     base, control, neighbour, ours = rows
     assert neighbour["KV bytes/token"] * 2 == ours["KV bytes/token"] * 2 == base["KV bytes/token"]
     assert ours["x base"] == pytest.approx(ours["recovered"] / base["no training"])
     assert control["no training"] is None and control["recovered"] != base["no training"]
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == rows
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(printed)["rows"] == rows
+    text.with_suffix(".jsonl").write_text(printed)
+    points = {point["arm"]: point for point in quality_per_byte.read_results(text.with_suffix(".jsonl"))}
+    assert points[OURS]["perplexity"] == ours["recovered"] != points[f"{OURS}, 4 bits"]["perplexity"]
+    assert points[f"{OURS}, 4 bits"]["kv_bytes_per_token"] == ours["KV bytes/token"] * 5 / 16
 
     rows = recovery.main([*words, "--sweep", "--rates", "1e-3", "1e-2"])
     assert [row["rate"] for row in rows] == [None, 0.001, 0.01]

@@ -10,9 +10,14 @@ from functools import cache
 import pytest
 import torch
 from models import CASES, config_of, left_padded, prompt, random_model, wrap
+from peft import get_peft_model
 from reference import dense_reference, greedy_alone, relative_error, rows_alone
+from test_statistics import SHAPES, assert_same, random_activations, random_output
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
+
+from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
+from asymgqa_peft.statistics import LayerStatistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = "cuda"
@@ -179,3 +184,37 @@ def test_the_cache_takes_the_memory_of_the_shared_heads():
     shared = cache_bytes()
     with model.disable_adapter():
         assert shared * 8 == cache_bytes() * 3
+
+
+# ------------------------------------------------------------------------------------------------ initialisation
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", SHAPES)
+def test_statistics_equal_those_of_float64(name: str, dtype: torch.dtype):
+    """16-bit activations are multiplied as they are: only sums are rounded, to float32."""
+    shape, output = SHAPES[name], random_output(SHAPES[name])
+    on_gpu, exact = LayerStatistics(shape, DEVICE), LayerStatistics(shape)
+    for seed in range(3):
+        data = random_activations(shape, 3, 40, seed, dtype)
+        on_gpu.update(**on_device(data))
+        exact.update(**{part: x.double() for part, x in data.items()})
+    found, expected = on_gpu.moments(output.to(DEVICE)).to("cpu"), exact.moments(output)
+    assert_same(found, expected, tolerance=1e-10 if dtype == torch.float32 else 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "olmo2-gqa"])
+def test_an_initialisation_finds_what_the_cpu_finds(name: str):
+    """Where the search runs beside the streams: the same groups, and logits that were not the same before."""
+    reports, logits = {}, {}
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        config = AsymGQAConfig(num_key_value_heads=3, r=8, task_type="CAUSAL_LM")
+        model = get_peft_model(random_model(config_of(CASES[name])), config).eval().to(device)
+        with torch.no_grad():
+            before = model(prompt(4, 20, seed=9).to(device)).logits.cpu()
+            reports[device] = initialize_asymgqa_weights(model, prompt(16, 24).split(8), progress=False)
+            logits[device] = model(prompt(4, 20, seed=9).to(device)).logits.cpu()
+    assert reports[DEVICE].head_groups == reports["cpu"].head_groups
+    torch.testing.assert_close(logits[DEVICE], logits["cpu"], rtol=1e-3, atol=1e-3 * before.abs().max().item())
+    assert (before - logits[DEVICE]).abs().max() > 0.01 * before.abs().max()

@@ -322,7 +322,8 @@ def test_unfit_models_are_refused():
 def test_report_survives_a_file(tmp_path):
     _, report = initialised()
     assert report.tokens == IDS.numel() and report.peak_memory > 0
-    assert {"statistics", "search", "merge", "refit"} <= report.seconds.keys()
+    assert {"statistics", "targets", "search", "merge", "refit"} <= report.seconds.keys()
+    assert 0 < report.search_seconds <= sum(report.seconds.values())
     path = tmp_path / "new" / "report.json"
     report.save(path)
     path.write_text("old", encoding="utf-8")

@@ -12,7 +12,7 @@ from test_statistics import SHAPES, moments_of, random_activations, random_outpu
 from asymgqa_peft.families import HeadShape
 from asymgqa_peft.groups import Partition
 from asymgqa_peft.merge import AttentionWeights, MergedLayer, group_costs, merge_layer, merge_losses, pair_costs
-from asymgqa_peft.statistics import LayerMoments, rotary_part
+from asymgqa_peft.statistics import LayerMoments
 
 MERGES = ["mean", "aligned", "principal"]
 UNEQUAL: dict[str, Partition] = {
@@ -47,6 +47,12 @@ def project(weights: AttentionWeights, hidden: torch.Tensor) -> dict[str, torch.
         part: torch.nn.functional.linear(hidden, getattr(weights, part), getattr(weights, f"{part}_bias"))
         for part in parts
     }
+
+
+def rotary_part(heads: torch.Tensor, shape: HeadShape) -> torch.Tensor:
+    """Rotary dimensions as complex numbers, pairs (j, j + R/2): (..., D) real -> (..., R/2) complex."""
+    first, second = heads[..., : shape.rotary_dim].chunk(2, dim=-1)
+    return torch.complex(first.contiguous(), second.contiguous())
 
 
 def realised_losses(
@@ -116,6 +122,24 @@ def test_principal_is_never_beaten(name, seed, alike):
         for other in ("mean", "aligned"):
             assert (losses["principal"][part] <= losses[other][part] + 1e-9 * energy).all(), (part, other)
         assert (losses["principal"][part] >= -1e-9 * energy).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+@pytest.mark.parametrize("name", SHAPES)
+def test_costs_for_the_search_are_right_to_a_millionth(name, scale):
+    """In float32, at any scale of the values: the plain cast loses the small ones, which is shown too."""
+    shape = SHAPES[name]
+    moments = calibrated(shape)[2]
+    groups = [group for size in (2, 3, 4) for group in itertools.combinations(range(shape.base_kv_heads), size)]
+    exact = group_costs(moments, groups, shape, "residual", "principal")
+    moments = replace(moments, value_cov=scale**2 * moments.value_cov)
+    quick = moments.for_search()
+    found = group_costs(quick, groups, shape, "residual", "principal")
+    assert quick.value_cov.dtype == (torch.float32 if shape.free_values else torch.float64)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6 * exact.max().item())
+    if scale < 1 and shape.free_values:
+        assert not moments.value_cov.float().any()
 
 
 def test_the_choice_of_basis_matters():

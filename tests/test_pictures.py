@@ -28,6 +28,7 @@ def report() -> InitializationReport:
         similarity_after=similarity,
         tokens=1,
         seconds={},
+        search_seconds=0.0,
         peak_memory=0,
         notes=[],
     )

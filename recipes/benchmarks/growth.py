@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from reporting import format_table, print_report
 from shapes import median_seconds, peak_bytes, plant_similar_heads, random_llama, reset_peak, shape_config
 
-STAGES = ("statistics", "pair costs", "search", "merge", "refit", "converted stream")
+STAGES = ("statistics", "targets", "search", "merge", "refit", "converted stream")
 LARGEST_TERM = {  # axis -> exponent of the whole: of its dearest stage
     "heads": 3.0,
     "head_dim": 3.0,
@@ -118,7 +118,7 @@ def convert(sizes: dict, point: dict, args: argparse.Namespace) -> dict:
     seconds, peak = time.perf_counter() - start, peak_bytes(args.device)
     if sum(report.costs) > sum(report.neighbour_costs):
         raise SystemExit(f"{point}: the groups found cost more than neighbours.")
-    stages = {stage: report.seconds.get(stage, 0.0) for stage in STAGES}
+    stages = {stage: report.seconds.get(stage, 0.0) for stage in STAGES} | {"search": report.search_seconds}
     return point | stages | {"total": seconds, "MB": None if peak is None else (peak - before) / 1e6}
 
 

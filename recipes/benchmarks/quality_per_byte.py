@@ -5,7 +5,7 @@ r"""Perplexity against bytes of KV cache: fewer heads, fewer bits per entry, and
     python recipes/benchmarks/quality_per_byte.py --model DIR --adapters out/adapter_8 out/adapter_4
 
 Measured here: the MHA model and its conversions (adapters given, or initialised without training) with a cache of
-16, 8 and 4 bits. --results adds rows of `recovery.py`'s JSON line, at 16 bits. Quantisation is simulated: every entry
+16, 8 and 4 bits. --results adds the rows of `recovery.py`'s JSON line. Quantisation is simulated: every entry
 that goes into the cache is rounded to its grid and back, keys per channel over blocks of 32 tokens, values per token
 over 32 channels (KIVI, Liu et al., arXiv 2402.02750), with a 16-bit scale and minimum per block; no recent tokens are
 spared. Bytes count those, too. Prints every point, the best one at each budget, and one JSON line; --plot draws them.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import sys
@@ -134,8 +135,12 @@ def rounded(states: Tensor, bits: int) -> Tensor:
 
 def kv_bytes(model: nn.Module, bits: int) -> float:
     """Bytes of cache per token, scales and minima of 16 bits included."""
-    entries = kv_cache_bytes_per_token(model, torch.bfloat16) / 2
-    return entries * (bits if bits == 16 else bits + 32 / BLOCK) / 8
+    return quantised_bytes(kv_cache_bytes_per_token(model, torch.bfloat16), bits)
+
+
+def quantised_bytes(unrounded: float, bits: int) -> float:
+    """Bytes of a cache that takes `unrounded` in 16 bits."""
+    return unrounded * (bits if bits == 16 else bits + 32 / BLOCK) / 16
 
 
 @torch.no_grad()
@@ -160,21 +165,27 @@ def check_cache(model: nn.Module, batches) -> None:
 # ------------------------------------------------------------------------------------------- points and choices
 
 
+def recovered_column(bits: int) -> str:
+    """What recovery.py calls the perplexity after recovery with a cache of so many bits."""
+    return "recovered" if bits == 16 else f"recovered, {bits} bits"
+
+
 def read_results(path: Path | None) -> Iterator[dict]:
     """Points of the recovered arms in a file of JSON lines, seeds averaged."""
     if path is None:
         return
     found: dict[tuple, list[float]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("{"):
-            continue
-        for row in json.loads(line).get("rows", []):
-            if row.get("recovered"):
-                found.setdefault((row["arm"], row["KV bytes/token"]), []).append(row["recovered"])
+        rows = json.loads(line).get("rows", []) if line.startswith("{") else []
+        for row, bits in itertools.product(rows, BITS):
+            if row.get(recovered_column(bits)):
+                point = (row["arm"] if bits == 16 else f"{row['arm']}, {bits} bits", row["KV bytes/token"], bits)
+                found.setdefault(point, []).append(row[recovered_column(bits)])
     if not found:
         raise SystemExit(f"--results {path} holds no recovered arm: give what recovery.py printed.")
-    for (arm, size), values in found.items():
-        yield {"arm": arm, "kv_bytes_per_token": float(size), "perplexity": sum(values) / len(values)}
+    for (arm, size, bits), values in found.items():
+        mean = sum(values) / len(values)
+        yield {"arm": arm, "kv_bytes_per_token": quantised_bytes(size, bits), "perplexity": mean}
 
 
 def best_within(points: list[dict], budget: float, full: float) -> dict:

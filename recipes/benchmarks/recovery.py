@@ -7,8 +7,9 @@ r"""Perplexity after recovery by arm and ratio, beside the MHA model after the s
 
 Every arm gets the same tokens in the same order. "control" is the MHA model with plain LoRA trained on the text, its
 number the best that this much training can be expected to keep. --sweep trains the default arm with each learning rate
-and each scale of the K/V rate and measures on the calibration text's last blocks: choices are made there. Interrupted,
-it goes on where it stopped; processes with other options may share --output.
+and each scale of the K/V rate and measures on the calibration text's last blocks: choices are made there. --bits also
+measures with the cache rounded as quality_per_byte.py does, which reads the result. Interrupted, it goes on where it
+stopped; processes with other options may share --output.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ RECIPES = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(RECIPES), str(RECIPES / "benchmarks")]
 from experiments import ARMS, OURS, Cells, arm_config, distilled, train  # noqa: E402
 from initialization import model_and_texts, read  # noqa: E402
+from quality_per_byte import BITS, quantised_perplexity, recovered_column  # noqa: E402
 from reporting import print_report  # noqa: E402
 from stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts  # noqa: E402
 
@@ -124,6 +126,7 @@ class Run:
             "KV bytes/token": kv_bytes(model),
             "no training": before,
             "recovered": perplexity(model, self.measured),
+            **{recovered_column(bits): quantised_perplexity(model, self.measured, bits) for bits in args.bits},
             "seconds": time.perf_counter() - start,
             "losses": losses,
         }
@@ -160,7 +163,8 @@ def with_ratio_to_base(cells: list[dict]) -> list[dict]:
     base = next(cell["no training"] for cell in cells if cell["arm"] == "base")
     order = ["base", CONTROL, *ARMS]
     cells.sort(key=lambda cell: (cell["ratio"], order.index(cell["arm"]), str(sorted(cell.items()))))
-    columns = ("ratio", "arm", "seed", "rate", "scale", "KV bytes/token", "no training", "recovered")
+    recovered = [recovered_column(bits) for bits in sorted(BITS, reverse=True)]
+    columns = ("ratio", "arm", "seed", "rate", "scale", "KV bytes/token", "no training", *recovered)
     present = [name for name in columns if any(name in cell for cell in cells)]
     rows = []
     for cell in cells:
@@ -185,6 +189,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3], help="learning rates; the first is used")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.5], help="K/V rates relative to it, likewise")
     parser.add_argument("--sft-rate", type=float, default=1e-3, help="learning rate of arms without distillation")
+    parser.add_argument(
+        "--bits", type=int, nargs="*", choices=BITS[1:], default=[], help="also round the cache to them"
+    )
     parser.add_argument("--rank", type=int, default=64, help="LoRA rank")
     parser.add_argument("--calibration-blocks", type=int, default=128)
     parser.add_argument("--held-out-blocks", type=int, help="measure on the first of them only")

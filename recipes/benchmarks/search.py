@@ -65,7 +65,7 @@ def random_moments(shape: HeadShape, groups: int, tokens: int, seed: int):
         hidden = draw(512, groups, dim)[:, source]
         key, value = (torch.einsum("nhd,hde->nhe", hidden + draw(512, heads, dim), basis) for _ in range(2))
         statistics.update(draw(1, 512, heads * dim), key.flatten(1)[None], value.flatten(1)[None])
-    return statistics.moments(draw(shape.hidden_size, heads * dim).double())
+    return statistics.moments(draw(shape.hidden_size, heads * dim).double()).for_search()
 
 
 def parse_args() -> argparse.Namespace:

@@ -121,6 +121,10 @@ def peak_bytes(device: str) -> int | None:
     return torch.cuda.max_memory_allocated() if torch.device(device).type == "cuda" else None
 
 
+REPLAY_SECONDS = 0.1
+"""A graph is replayed up to 20 times per measurement, but no longer than this."""
+
+
 def graph_seconds(calls: list[Callable[[], object]], device: str, repeats: int = 7) -> float:
     """Median seconds per call, all calls in one CUDA graph: what the kernels take without the launching of them."""
     if torch.device(device).type != "cuda":
@@ -136,7 +140,8 @@ def graph_seconds(calls: list[Callable[[], object]], device: str, repeats: int =
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    rounds = max(1, 20 // len(calls))
+    once = median_seconds(graph.replay, device, repeats=1, warmup=1)
+    rounds = max(1, min(20 // len(calls), int(REPLAY_SECONDS / once)))
 
     def replay() -> None:
         for _ in range(rounds):
