@@ -30,6 +30,8 @@ COLOUR_MAP = "cividis"  # the same order of lightness for every kind of colour v
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*"  # seven colours and eight markers: 56 arms before a combination returns
 POINT_KEYS = ("arm", "kv_bytes_per_token", "perplexity")
+INSIDE = 6  # arms whose names find room beside the lines
+LABEL_WIDTH = 0.09  # inches, a digit of a tick's label
 CURVE_MARKS = 8  # markers along a loss curve, however many points it has
 LOG_FACTOR = 4  # values that span more than this factor get a logarithmic axis
 
@@ -103,14 +105,15 @@ def plot_quality(points: Sequence[Mapping[str, Any]], path: str | Path) -> list[
         ValueError: if there is no point, or one lacks a key.
     """
     arms = _collect_arms(points)
-    figure = _new_figure(height=4.5)
+    inside = len(arms) <= INSIDE
+    figure = _new_figure(height=4.5 if inside else 4.5 + 0.1 * len(arms))
     axes = figure.subplots()
     for index, (arm, line) in enumerate(arms.items()):
         _draw_line(axes, index, arm, sorted(line))
         if len(line) == 1:
             axes.axhline(line[0][1], color=COLOURS[index % len(COLOURS)], linewidth=1, linestyle="--", zorder=0)
     _scale_quality(axes, [point for line in arms.values() for point in line])
-    _add_legend_and_grid(axes)
+    _add_legend_and_grid(axes, inside)
     return _save(figure, path)
 
 
@@ -256,11 +259,24 @@ def _scale_quality(axes: Axes, measured: Curve) -> None:
     sizes, perplexities = sorted({size for size, _ in measured}), [perplexity for _, perplexity in measured]
     if sizes[0] > 0 and len(sizes) > 1:
         axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [f"{size / 1024:g}" for size in sizes])
+    axes.set_xticks(sizes, _labels_apart(sizes))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("KV cache, KiB per token")
     axes.set_ylabel("perplexity (lower is better)")
     _scale_by_factor(axes, perplexities)
+
+
+def _labels_apart(sizes: Sequence[float]) -> list[str]:
+    """Sizes in KiB; "" where a label would run into that of a larger size."""
+    octaves = [math.log2(size) if size > 0 else 0.0 for size in sizes]
+    per_octave = 0.85 * WIDTH / max(octaves[-1] - octaves[0], 1.0)  # inches
+    labels, free = [], math.inf
+    for size, octave in zip(reversed(sizes), reversed(octaves), strict=True):
+        label, place = f"{size / 1024:g}", octave * per_octave
+        half = 0.5 * LABEL_WIDTH * (len(label) + 1)
+        labels.append(label if place + half <= free else "")
+        free = place - half if labels[-1] else free
+    return labels[::-1]
 
 
 def _scale_by_factor(axes: Axes, values: Sequence[float]) -> None:
@@ -281,8 +297,11 @@ def _short_numbers() -> EngFormatter:
     return EngFormatter(sep="")
 
 
-def _add_legend_and_grid(axes: Axes) -> None:
-    axes.legend(frameon=False)
+def _add_legend_and_grid(axes: Axes, inside: bool = True) -> None:
+    if inside:
+        axes.legend(frameon=False)
+    else:
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     _open_frame(axes)

@@ -139,6 +139,17 @@ def test_arms_are_drawn_in_order_of_size(drawn, tmp_path):
     assert axes.get_yscale() == "log"
 
 
+def test_labels_keep_apart_and_many_arms_are_named_below(drawn, tmp_path):
+    sizes = [640, 1152, 1280, 2048, 8192, 9216, 16384]
+    points = [{"arm": f"arm {size}", "kv_bytes_per_token": size, "perplexity": 9.0} for size in sizes]
+    plotting.plot_quality(points, tmp_path / "many")
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.625", "", "1.25", "2", "8", "9", "16"]
+    assert axes.get_legend() is None and len(drawn[0].legends[0].get_texts()) == len(sizes)
+    plotting.plot_quality(points[: plotting.INSIDE], tmp_path / "few")
+    assert not drawn[1].legends and len(drawn[1].axes[0].get_legend().get_texts()) == plotting.INSIDE
+
+
 def test_one_point_is_enough(tmp_path):
     plotting.plot_quality(POINTS[:1], tmp_path / "picture")
     plotting.plot_losses({"SFT": [(1, 3.0)]}, tmp_path / "losses")

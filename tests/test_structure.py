@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "asymgqa_peft"
 # A module imports only from modules on earlier lines. The one place that says so.
 ORDER = [
     "files",
+    "attention",
     "groups",
     "families",
     "threads",

@@ -33,13 +33,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.integrations import flex_attention
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from asymgqa_peft import AsymGQAConfig
+from asymgqa_peft.attention import fold, register_grouped_sdpa
 from asymgqa_peft.groups import slot_layout
 from asymgqa_peft.layers import Slots
 
@@ -69,6 +68,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 def main(arguments: list[str] | None = None) -> dict:
     """Run the parts asked for and print their tables and the JSON line."""
     args = parse_args(arguments)
+    register_grouped_sdpa()
     args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     config = shape_config(args.shape, args.layers)
     limits = ceilings(args.device)
@@ -162,11 +162,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, form: str) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
 
 
-def fold(query: Tensor, kv_heads: int) -> Tensor:
-    """(B, G p, 1, D) -> (B, G, p, D): the slots of a K/V head become query positions, which all see the same keys."""
-    return query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
-
-
 def relative_error(out: Tensor, query, key, value, slots: Slots, source: Tensor, gathered: bool) -> float:
     """Largest error of the first sequence's heads against a float64 softmax, relative to their largest entry."""
     heads = out if gathered else slots.gather(out)
@@ -227,19 +222,6 @@ def filled_cache(config, kind: str, batch: int, kv_heads: int, context: int, arg
     return cache
 
 
-def grouped_sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
-):
-    """transformers' sdpa, with the queries folded where it would expand K/V: a single query position under a mask."""
-    if query.shape[2] != 1 or query.shape[1] == key.shape[1]:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    folded = fold(query, key.shape[1])
-    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"))
-    return out.reshape(query.shape).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("grouped_sdpa", grouped_sdpa)
-AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
 MODEL_PATHS = {  # name -> (attention implementation, cache)
     "full cache, no mask": ("sdpa", "full"),
     "static cache, sdpa": ("sdpa", "static"),

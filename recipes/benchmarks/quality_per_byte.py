@@ -33,6 +33,7 @@ from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
 
 RECIPES = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(RECIPES), str(RECIPES / "benchmarks")]
+from experiments import OURS  # noqa: E402
 from initialization import read  # noqa: E402
 from reporting import format_table, print_report  # noqa: E402
 from stdlib_text import held_out_texts, token_blocks, validation_texts  # noqa: E402
@@ -98,7 +99,7 @@ def line_of(arm: str) -> str:
     if arm.startswith("MHA"):
         return "MHA, quantised"
     name, _, widths = arm.partition(", ")
-    return f"ours, {widths}" if name.startswith("ours ") else arm
+    return f"ours, {widths}" if name.startswith("ours ") else arm.replace(OURS, "ours, recovered")
 
 
 # ------------------------------------------------------------------------------------------ the quantised cache
