@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import TRANSPORT_ERRORS, Conversion, base_licence, check_repo_id, model_card, package_version
+from .files import folder_beside
 
 PICKLED = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 """File types that run code when they are loaded, and are not pushed."""
@@ -119,12 +119,13 @@ def save_adapter(
         ValueError: for a model without AsymGQA adapter, a base that has no name on the Hub, or a folder that holds
             something.
     """
-    folder, conversion = Path(folder), Conversion.of(model, base_model)
+    folder = _checked_empty(folder)
+    conversion = Conversion.of(model, base_model)
     base_model = published_base(conversion)
     licence = base_licence(base_model, conversion.base_revision, token)
     text = model_card(conversion, name=name or folder.name, licence=licence, **card)
     adapter_name = model.active_adapter
-    with _filling(folder) as beside:
+    with folder_beside(folder) as beside:
         model.save_pretrained(str(beside), selected_adapters=[adapter_name])
         if adapter_name != "default":  # PEFT puts it into a folder of its own, where no loader looks on the Hub
             for file in (beside / adapter_name).iterdir():
@@ -159,10 +160,10 @@ def save_merged(
             f"{type(plain).__name__} is not a merged model: take Conversion.of(model), then pass what "
             "model.merge_and_unload() returns."
         )
-    folder = Path(folder)
+    folder = _checked_empty(folder)
     licence = base_licence(conversion.base_source, conversion.base_revision, token)
     text = model_card(conversion, plain.config, name=name or folder.name, licence=licence, **card)
-    with _filling(folder) as beside:
+    with folder_beside(folder) as beside:
         plain.save_pretrained(str(beside), max_shard_size=max_shard_size)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, beside)
@@ -234,23 +235,11 @@ def write_card(folder: Path | str, text: str) -> None:
     Path(folder, "README.md").write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def _filling(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, which takes its place at the end, whole or not at all."""
+def _checked_empty(folder: Path | str) -> Path:
+    folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder={str(folder)!r} holds something already: remove it or choose another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)  # what a killed run left
-    beside.mkdir()
-    try:
-        yield beside
-        if folder.exists():
-            folder.rmdir()
-        beside.rename(folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    return folder
 
 
 def _api(token: str | None) -> HfApi:

@@ -7,10 +7,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from asymgqa_peft.files import written_beside
+from asymgqa_peft.files import folder_beside, written_beside
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -67,17 +67,9 @@ def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
             raise SystemExit(f"--output {folder} exists: --overwrite replaces it.")
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise SystemExit(f"--output {folder} holds no model: it is not replaced, choose another folder.")
-    beside = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    except OSError as error:
-        raise SystemExit(f"--output {folder} cannot be written: {error}") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            beside = stack.enter_context(folder_beside(folder))
+        except OSError as error:
+            raise SystemExit(f"--output {folder} cannot be written: {error}") from error
         yield beside
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    beside.rename(folder)
