@@ -20,6 +20,7 @@ from asymgqa_peft.merge import AttentionWeights, merge_layer
 from asymgqa_peft.refit import OutputRefit
 from asymgqa_peft.sites import attention_sites, unwrap
 from asymgqa_peft.statistics import recording
+from asymgqa_peft.streams import Streams
 
 IDS = prompt(16, 24)
 HELD_OUT = prompt(4, 20, seed=9)
@@ -232,7 +233,7 @@ def test_interrupted_anywhere_the_model_is_as_before(stage, error, monkeypatch):
     model.peft_config["default"].grouping = "asymmetric"
     model.train()
     before, calls = state_of(model), []
-    owner = {"capture": module._Streams, "low_rank": OutputRefit}.get(stage, module)
+    owner = {"capture": Streams, "low_rank": OutputRefit}.get(stage, module)
     original = getattr(owner, stage)
 
     def interrupted(*args, **kwargs):

@@ -25,6 +25,7 @@ ORDER = [
     "sites",
     "export",
     "tuner",
+    "streams",
     "initialize",
     "trainer",
     "evaluate",

@@ -1,0 +1,142 @@
+"""Calibration batches and their hidden states, which walk through a model one decoder layer at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+
+class Stop(Exception):
+    """Leaves a forward pass from a hook once it has done what it was run for."""
+
+
+class Streams:
+    """Calibration batches and their hidden states, in one place between layers.
+
+    ``calls[layer][batch]`` holds the arguments besides hidden states that the model calls a layer with. They do not
+    depend on the hidden states, and layers share them.
+    """
+
+    def __init__(self, batches: list[dict[str, Tensor]]):
+        self.batches = batches
+        self.masks = [batch.get("attention_mask") for batch in batches]
+        self.calls: dict[int, list[tuple[tuple, dict]]] = defaultdict(list)
+        self.original: list[Tensor] = []
+        self.current: list[Tensor] = []
+        self.home = torch.device("cpu")
+
+    def capture(self, model: nn.Module, layers: list[nn.Module]) -> None:
+        """Run every batch through the original model, up to its last layer; all but the first pass layers by."""
+
+        def keep(index: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            self.calls[index].append((args[1:], rest))
+            if index == 0:
+                if not self.original:
+                    self.home = _home_of_streams(hidden, sum(batch["input_ids"].numel() for batch in self.batches))
+                self.original.append(hidden.to(self.home))
+            if index == len(layers) - 1:
+                raise Stop
+
+        handles = [
+            layer.register_forward_pre_hook(partial(keep, index), with_kwargs=True)
+            for index, layer in enumerate(layers)
+        ]
+        device = model.get_input_embeddings().weight.device
+        try:
+            with _passing_by(layers):
+                for batch in self.batches:
+                    try:
+                        model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+                    except Stop:
+                        continue
+                    raise ValueError(
+                        "the model's forward does not run all of its attention layers: it is not supported."
+                    )
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.current = list(self.original)
+
+    def through(
+        self, layer: nn.Module, index: int, stream: list[Tensor]
+    ) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """For each batch, a call that runs the layer on the stream's hidden states."""
+        device = next(layer.parameters()).device
+
+        def call(batch: int) -> Tensor:
+            args, kwargs = self.calls[index][batch]
+            output = layer(stream[batch].to(device), *args, **kwargs)
+            return output[0] if isinstance(output, tuple) else output
+
+        for batch in range(len(stream)):
+            yield batch, partial(call, batch)
+
+
+@contextmanager
+def _passing_by(layers: list[nn.Module]) -> Iterator[None]:
+    """Layers run once, which tells what they return beside hidden states; from then on those pass unchanged."""
+
+    def passing(forward: Callable, seen: list, *args, **kwargs):
+        if not seen:
+            seen.append(forward(*args, **kwargs))
+            return seen[0]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *seen[0][1:]) if isinstance(seen[0], tuple) else hidden
+
+    own = [vars(layer).get("forward") for layer in layers]  # accelerate's, on a model spread over devices
+    for layer in layers:
+        layer.forward = partial(passing, layer.forward, [])
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _home_of_streams(hidden: Tensor, tokens: int) -> torch.device:
+    """Where hidden states of so many tokens lie between layers: on their GPU if three take half of what is free."""
+    if not hidden.is_cuda:
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info(hidden.device)
+    unused = torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
+    needed = 3 * tokens * hidden.shape[-1] * hidden.itemsize
+    return hidden.device if needed <= (free + unused) / 2 else torch.device("cpu")
+
+
+def checked_batches(batches: Iterable) -> list[dict[str, Tensor]]:
+    """Batches as dicts of input_ids (B, T) and, if given, attention_mask (B, T); ValueError says which is none."""
+    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches is a {type(batches).__name__}: pass an iterable of batches, e.g. input_ids.split(8)."
+        )
+    return [_checked_batch(index, batch) for index, batch in enumerate(batches)]
+
+
+def _checked_batch(index: int, batch: object) -> dict[str, Tensor]:
+    batch = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
+        seen = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"batches[{index}]: input_ids must be integers of shape (B, T), got {seen}.")
+    if mask is None:
+        return {"input_ids": ids}
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        seen = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"batches[{index}]: attention_mask must have input_ids' shape {tuple(ids.shape)}, got {seen}."
+        )
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def mask_of(batch: dict[str, Tensor]) -> Tensor:
+    """Which tokens of a checked batch count: bool (B, T)."""
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
