@@ -34,6 +34,8 @@ KEY_WEIGHT, VALUE_WEIGHT = 1.0, 0.3
 _ALIGN_STEPS = 10
 _CHUNK_ELEMENTS = 1 << 25
 """Candidate groups are evaluated in chunks of at most this many matrix entries (256 MiB in float64)."""
+_PARTS_PER_THREAD = 4
+"""Chunks that a thread gets of groups of one size, so that no thread waits long for the last one."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def group_costs(
         if size == 1:
             continue
         largest = max((size * shape.head_dim) ** 2, size**2 * shape.rotary_dim)
-        chunk = max(1, min(_CHUNK_ELEMENTS // largest, math.ceil(len(indices) / 4 / torch.get_num_threads())))
+        share = math.ceil(len(indices) / (_PARTS_PER_THREAD * torch.get_num_threads()))
+        chunk = max(1, min(_CHUNK_ELEMENTS // largest, share))
         parts += [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
 
     def evaluate(part: list[int]) -> Tensor:

@@ -33,7 +33,6 @@ from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
 
 RECIPES = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(RECIPES), str(RECIPES / "benchmarks")]
-from experiments import OURS  # noqa: E402
 from initialization import read  # noqa: E402
 from reporting import format_table, print_report  # noqa: E402
 from stdlib_text import held_out_texts, token_blocks, validation_texts  # noqa: E402
@@ -96,6 +95,8 @@ def models(base: nn.Module, calibration: Tensor, args: argparse.Namespace) -> It
 
 def line_of(arm: str) -> str:
     """The line of the plot that a point lies on: MHA's widths make one, a conversion's ratios one per width."""
+    from experiments import OURS  # with it comes trl, which only a plot has to wait for
+
     if arm.startswith("MHA"):
         return "MHA, quantised"
     name, _, widths = arm.partition(", ")
