@@ -1,8 +1,9 @@
 """Decoding in transformers that reads shared K/V heads as the cache holds them.
 
 transformers' sdpa writes K/V out for every query head as soon as a mask is given, which a static cache and padding
-both do: any grouped-query model is then slower than the multi-head one it came from. Engines do not do that, and
-flash-attn does not either; this is for those who decode with transformers and PyTorch alone.
+both do: any grouped-query model is then slower than the multi-head one it came from. Since 5.23 it does so under
+torch.compile only. Engines do not do that, and flash-attn does not either; this is for those who decode with
+transformers and PyTorch alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "grouped_sdpa"
+_SPECIAL = ("cache", "position_bias", "softcap")
+"""Options that change what is attended to or how: paged caches, biases of scores, capped scores."""
 
 
 def register_grouped_sdpa() -> None:
@@ -27,19 +30,31 @@ def register_grouped_sdpa() -> None:
 
 
 def grouped_sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' sdpa, with the query heads of a K/V head folded into query positions in a decoding step.
 
     The positions of a step all see the same keys, so query heads (B, G p, 1, D) may stand as (B, G, p, D) beside
-    keys and values (B, G, S, D). Several positions, a mask of its own for every head and multi-head attention go to
-    sdpa as they are.
+    keys and values (B, G, S, D). Several positions, a mask of its own for every head, multi-head attention and
+    `_SPECIAL` options go to sdpa as they are.
     """
+    grouped_step = query.shape[2] == 1 and query.shape[1] != key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
-    if query.shape[2] != 1 or query.shape[1] == key.shape[1] or not one_mask:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if not grouped_step or not one_mask or any(kwargs.get(name) is not None for name in _SPECIAL):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     folded = fold(query, key.shape[1])
-    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"))
+    out = F.scaled_dot_product_attention(
+        folded, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+    )
     return out.reshape(query.shape).transpose(1, 2).contiguous(), None
 
 

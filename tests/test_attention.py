@@ -59,3 +59,28 @@ def test_what_it_cannot_fold_is_sdpa_to_the_last_bit(queries: int, positions: in
     assert not folded.called and torch.equal(found, expected)
     if mask is not None:
         assert not torch.equal(sdpa_attention_forward(module, query, key, value, None)[0], expected)
+
+
+def step() -> tuple[SimpleNamespace, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a decoding step over two shared heads gives to an attention function."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 2, 2, 5, 4, generator=generator)
+    module = SimpleNamespace(num_key_value_groups=4, is_causal=True)
+    return module, torch.randn(2, 8, 1, 4, generator=generator), key, value
+
+
+@pytest.mark.parametrize("option", ["cache", "position_bias", "softcap"])
+def test_options_that_change_the_scores_are_left_to_sdpa(option: str):
+    value = object()
+    with mock.patch.object(attention, "sdpa_attention_forward") as stock:
+        assert attention.grouped_sdpa(*step(), None, scaling=0.3, **{option: value}) is stock.return_value
+        attention.grouped_sdpa(*step(), None, scaling=0.3, **{option: None})
+    assert stock.call_count == 1
+    assert stock.call_args.kwargs == {"dropout": 0.0, "scaling": 0.3, option: value}
+
+
+def test_scaling_and_dropout_reach_the_kernel():
+    plain, scaled = (attention.grouped_sdpa(*step(), None, scaling=scaling)[0] for scaling in (None, 2.0))
+    assert not torch.allclose(plain, scaled)
+    torch.testing.assert_close(scaled, sdpa_attention_forward(*step(), None, scaling=2.0)[0])
+    assert plain.any() and not attention.grouped_sdpa(*step(), None, dropout=1.0)[0].any()
