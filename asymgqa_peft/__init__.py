@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .adapter.model import AsymGQAModel, register
 from .config import AsymGQAConfig
 from .groups import HeadGroups
-from .tuner import AsymGQAModel, register
 
 if TYPE_CHECKING:
     from .footprint import ExportReport, export_report

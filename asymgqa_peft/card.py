@@ -21,8 +21,9 @@ from transformers import PretrainedConfig
 
 from .config import AsymGQAConfig
 from .evaluate import kv_cache_bytes_per_token
-from .families import HeadShape, find_family, head_shape
+from .families import find_family, head_shape
 from .groups import HeadGroups, SlotLayout, slot_layout
+from .heads import HeadShape
 
 if TYPE_CHECKING:
     from .initialize import InitializationReport

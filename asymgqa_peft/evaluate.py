@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
+from .adapter.layer import SharedProjection
+from .adapter.site import attention_sites, evaluating
 from .families import head_shape
-from .layers import SharedProjection
-from .sites import attention_sites, evaluating
 
 Batch = Mapping[str, Tensor] | Tensor
 IGNORED = -100

@@ -8,38 +8,7 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Shape of one attention layer, in the axis letters used throughout.
-
-    Attributes:
-        hidden_size: E, model width.
-        num_attention_heads: H, query heads of the base.
-        base_kv_heads: K, KV heads of the base; query head h follows KV head h // (H / K).
-        head_dim: D.
-        rotary_dim: R, leading dimensions of a head that RoPE rotates in half-split pairs (j, j + R/2); 0 without RoPE.
-        free_keys: whether a query gain may undo a change of the keys' basis (not with a norm or clamp in between).
-        free_values: whether a value mix may undo a change of the values' basis.
-    """
-
-    hidden_size: int
-    num_attention_heads: int
-    base_kv_heads: int
-    head_dim: int
-    rotary_dim: int
-    free_keys: bool = True
-    free_values: bool = True
-
-    @property
-    def queries_per_kv(self) -> int:
-        """r = H / K."""
-        return self.num_attention_heads // self.base_kv_heads
-
-    @property
-    def pass_dim(self) -> int:
-        """D - R, dimensions of a key that RoPE leaves alone."""
-        return self.head_dim - self.rotary_dim
+from .heads import HeadShape
 
 
 @dataclass(frozen=True)

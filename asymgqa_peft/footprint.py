@@ -9,8 +9,8 @@ from pathlib import Path
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
+from .adapter.plan import ExportPlan, StockModel
 from .evaluate import kv_cache_bytes_per_token
-from .export import ExportPlan, StockModel
 from .families import head_shape
 from .files import written_beside
 

@@ -13,12 +13,12 @@ from models import CASES, adapted, prompt, stock
 from reference import dense_reference, relative_error, rows_alone
 from torch import nn
 
+from asymgqa_peft.adapter.site import attention_sites
 from asymgqa_peft.attention import register_grouped_sdpa
-from asymgqa_peft.families import HeadShape
-from asymgqa_peft.merge import group_costs
-from asymgqa_peft.sites import attention_sites
-from asymgqa_peft.statistics import LayerStatistics
-from asymgqa_peft.threads import map_in_threads
+from asymgqa_peft.heads import HeadShape
+from asymgqa_peft.method.merge import group_costs
+from asymgqa_peft.method.statistics import LayerStatistics
+from asymgqa_peft.method.threads import map_in_threads
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 import conversion

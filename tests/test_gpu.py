@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
-from asymgqa_peft.statistics import LayerStatistics
+from asymgqa_peft.method.statistics import LayerStatistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = "cuda"

@@ -14,13 +14,13 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from asymgqa_peft import AsymGQAConfig, InitializationReport, initialize_asymgqa_weights
-from asymgqa_peft import initialize as module
+from asymgqa_peft.adapter.site import attention_sites, unwrap
 from asymgqa_peft.groups import HeadGroups
-from asymgqa_peft.merge import AttentionWeights, merge_layer
-from asymgqa_peft.refit import OutputRefit
-from asymgqa_peft.sites import attention_sites, unwrap
-from asymgqa_peft.statistics import recording
-from asymgqa_peft.streams import Streams
+from asymgqa_peft.heads import SharedShape
+from asymgqa_peft.initialize import walk as module
+from asymgqa_peft.initialize.streams import Streams, recording
+from asymgqa_peft.method.merge import merge_layer
+from asymgqa_peft.method.refit import OutputRefit
 
 IDS = prompt(16, 24)
 HELD_OUT = prompt(4, 20, seed=9)
@@ -103,7 +103,7 @@ def test_refit_is_solved_on_the_converted_stream(name):
             model(input_ids=batch)
             originals.append(dict(record))
     with recording({}, {"inputs": lora.get_base_layer(), "entering": layer}) as record, torch.no_grad():
-        refit, lost = OutputRefit(site.weights()["output"]), []
+        refit, lost = OutputRefit(site.weights().output), []
         for batch, original in zip(IDS.split(8), originals, strict=True):
             model(input_ids=batch)
             bias = lora.get_base_layer().bias
@@ -120,8 +120,8 @@ def test_refit_is_solved_on_the_converted_stream(name):
 def test_the_weights_are_those_of_the_merge():
     model, report = initialised("llama", merge="mean", refit_output=False)
     for site, partition in zip(attention_sites(model), report.head_groups, strict=True):
-        expected = merge_layer(None, AttentionWeights(**site.weights()), partition, site.shape, "mean")
-        torch.testing.assert_close(site.key.lora_kv["default"].weight.double(), expected.key_weight)
+        expected = merge_layer(None, site.weights(), partition, SharedShape.of_width(site.shape), "mean")
+        torch.testing.assert_close(site.key.lora_kv["default"].weight.double(), expected.key.flatten(0, 1))
         assert site.value.lora_value_mix["default"].weight.abs().max() == 0
 
 

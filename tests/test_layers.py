@@ -13,9 +13,7 @@ from models import CASES, stock, wrap
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from asymgqa_peft.families import FAMILIES, head_shape
-from asymgqa_peft.groups import slot_layout
-from asymgqa_peft.layers import (
+from asymgqa_peft.adapter.layer import (
     HeadCountView,
     HeadMix,
     RotaryGain,
@@ -26,6 +24,8 @@ from asymgqa_peft.layers import (
     with_head_count,
     write_head_counts,
 )
+from asymgqa_peft.families import FAMILIES, head_shape
+from asymgqa_peft.groups import slot_layout
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_statistics import SHAPES, moments_of, random_activations, random_output
 
-from asymgqa_peft.families import HeadShape
 from asymgqa_peft.groups import Partition
-from asymgqa_peft.merge import AttentionWeights, MergedLayer, group_costs, merge_layer, merge_losses, pair_costs
-from asymgqa_peft.statistics import LayerMoments
+from asymgqa_peft.heads import AttentionWeights, HeadShape, SharedHeads, SharedShape
+from asymgqa_peft.method.merge import group_costs, merge_layer, merge_losses, merge_notes, pair_costs
+from asymgqa_peft.method.statistics import LayerMoments
 
 MERGES = ["mean", "aligned", "principal"]
 UNEQUAL: dict[str, Partition] = {
@@ -56,7 +56,7 @@ def rotary_part(heads: torch.Tensor, shape: HeadShape) -> torch.Tensor:
 
 
 def realised_losses(
-    moments: LayerMoments, weights: AttentionWeights, hidden: torch.Tensor, merged: MergedLayer, partition: Partition
+    moments: LayerMoments, weights: AttentionWeights, hidden: torch.Tensor, merged: SharedHeads, partition: Partition
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses per group, measured on the data: the members' own keys and values against what the queries now see."""
     shape = moments.shape
@@ -66,8 +66,8 @@ def realised_losses(
     data = {part: x[0].unflatten(-1, (-1, dim)) for part, x in project(weights, hidden).items()}
     shared = {}
     for part in ("key", "value"):
-        out = torch.nn.functional.linear(hidden, getattr(merged, f"{part}_weight"), getattr(merged, f"{part}_bias"))
-        shared[part] = out[0].unflatten(-1, (len(partition), dim))
+        bias = getattr(merged, f"{part}_bias")
+        shared[part] = torch.einsum("te,gde->tgd", hidden[0], getattr(merged, part)) + (0 if bias is None else bias)
     key_loss, value_loss = torch.zeros(2, len(partition), dtype=torch.float64)
     for g, group in enumerate(partition):
         for k, h in [(kv_head, kv_head * r + query) for kv_head in group for query in range(r)]:
@@ -95,7 +95,7 @@ def test_realised_loss_equals_the_formula(name, merge, bias, seed):
     """group_costs == losses of the maps == losses measured token by token with the merged weights."""
     shape, partition = SHAPES[name], UNEQUAL[name]
     weights, hidden, moments = calibrated(shape, seed, bias)
-    merged = merge_layer(moments, weights, partition, shape, merge)
+    merged = merge_layer(moments, weights, partition, SharedShape.of_width(shape), merge)
     measured = realised_losses(moments, weights, hidden, merged, partition)
     by_maps = merge_losses(moments, partition, shape, merge)
     for seen, formula, energy in zip(measured, by_maps, (moments.key_energy, moments.value_energy), strict=True):
@@ -158,9 +158,9 @@ def test_lone_heads_are_untouched(name, merge):
     shape = SHAPES[name]
     weights, _, moments = calibrated(shape)
     alone = tuple((k,) for k in range(shape.base_kv_heads))
-    merged = merge_layer(moments, weights, alone, shape, merge)
-    for part in ("key_weight", "key_bias", "value_weight", "value_bias"):
-        torch.testing.assert_close(getattr(merged, part), getattr(weights, part.replace("_weight", "")))
+    merged = merge_layer(moments, weights, alone, SharedShape.of_width(shape), merge)
+    for part in ("key", "key_bias", "value", "value_bias"):
+        torch.testing.assert_close(getattr(merged, part).flatten(0, 1), getattr(weights, part))
     for part in ("query_gain", "query_mix", "value_mix"):
         tensor = getattr(merged, part)
         if tensor is not None:
@@ -237,7 +237,7 @@ def test_batched_costs_equal_costs_one_by_one(name, merge, criterion, monkeypatc
     groups = [g for n in (2, 1, 3) for g in itertools.combinations(heads, n)]
     groups = groups[::2] + groups[1::2]  # sizes interleaved
     together = group_costs(moments, groups, shape, criterion, merge)
-    monkeypatch.setattr("asymgqa_peft.merge._CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("asymgqa_peft.method.merge._CHUNK_ELEMENTS", 1)
     one_by_one = torch.cat([group_costs(moments, [group], shape, criterion, merge) for group in groups])
     torch.testing.assert_close(together, one_by_one)
     pairs = pair_costs(moments, shape, criterion, merge)
@@ -262,27 +262,28 @@ def test_fixed_bases_fall_back_to_the_mean_and_say_so(free_keys, free_values):
     shape = HeadShape(free.hidden_size, 4, 4, 8, 4, free_keys, free_values)
     weights, _, moments = calibrated(shape)
     partition = ((0, 1), (2, 3))
-    merged = merge_layer(moments, weights, partition, shape, "principal")
-    mean = merge_layer(None, weights, partition, shape, "mean")
-    best = merge_layer(moments, weights, partition, free, "principal")
+    merged = merge_layer(moments, weights, partition, SharedShape.of_width(shape), "principal")
+    mean = merge_layer(None, weights, partition, SharedShape.of_width(shape), "mean")
+    best = merge_layer(moments, weights, partition, SharedShape.of_width(free), "principal")
     wanted_key, wanted_value = best if free_keys else mean, best if free_values else mean
-    torch.testing.assert_close(merged.key_weight, wanted_key.key_weight)
-    torch.testing.assert_close(merged.value_weight, wanted_value.value_weight)
+    torch.testing.assert_close(merged.key, wanted_key.key)
+    torch.testing.assert_close(merged.value, wanted_value.value)
     assert (merged.query_gain is None, merged.query_mix is None) == (not free_keys,) * 2
     assert (merged.value_mix is None) == (not free_values)
-    assert ["keys" in " ".join(merged.notes), "values" in " ".join(merged.notes)] == [not free_keys, not free_values]
-    assert not best.notes
+    notes = " ".join(merge_notes(shape, "principal"))
+    assert ["keys" in notes, "values" in notes] == [not free_keys, not free_values]
+    assert not merge_notes(free, "principal")
 
 
 def test_mean_needs_no_statistics_and_the_others_say_that_they_do():
     shape = SHAPES["gqa"]
     weights, _, _ = calibrated(shape)
-    merged = merge_layer(None, weights, ((0, 2), (1,)), shape, "mean")
+    merged = merge_layer(None, weights, ((0, 2), (1,)), SharedShape.of_width(shape), "mean")
     heads = weights.key.unflatten(0, (-1, shape.head_dim))
-    torch.testing.assert_close(merged.key_weight, torch.cat(((heads[0] + heads[2]) / 2, heads[1])))
+    torch.testing.assert_close(merged.key, torch.stack(((heads[0] + heads[2]) / 2, heads[1])))
     assert merged.query_gain is merged.query_mix is merged.value_mix is None
     with pytest.raises(ValueError, match="merge='aligned' needs calibration"):
-        merge_layer(None, weights, ((0, 2), (1,)), shape, "aligned")
+        merge_layer(None, weights, ((0, 2), (1,)), SharedShape.of_width(shape), "aligned")
 
 
 def test_aligned_restores_the_norm_the_mean_loses():
@@ -290,8 +291,8 @@ def test_aligned_restores_the_norm_the_mean_loses():
     weights, hidden, moments = calibrated(shape)
     energies = {}
     for merge in ("mean", "aligned"):
-        merged = merge_layer(moments, weights, ((0, 1, 2, 3),), shape, merge)
-        key = torch.nn.functional.linear(hidden, merged.key_weight, merged.key_bias)
+        merged = merge_layer(moments, weights, ((0, 1, 2, 3),), SharedShape.of_width(shape), merge)
+        key = torch.nn.functional.linear(hidden, merged.key[0], merged.key_bias)
         energies[merge] = key.square().mean()
     base = project(weights, hidden)["key"].square().mean()
     torch.testing.assert_close(energies["aligned"], base)
@@ -302,9 +303,9 @@ def test_shared_weights_keep_the_base_scale():
     """Training starts from them: neither K/V nor the maps may hide a large scale."""
     shape = HeadShape(64, 8, 8, 8, 8)
     weights, _, moments = calibrated(shape, tokens=200)
-    merged = merge_layer(moments, weights, ((0, 1, 2, 3), (4, 5, 6, 7)), shape, "principal")
+    merged = merge_layer(moments, weights, ((0, 1, 2, 3), (4, 5, 6, 7)), SharedShape.of_width(shape), "principal")
     for part in ("key", "value"):
-        ratio = getattr(merged, f"{part}_weight").norm() / getattr(weights, part).norm() * 2
+        ratio = getattr(merged, part).norm() / getattr(weights, part).norm() * 2
         assert 0.3 < ratio < 3, part
     for mix in (merged.query_gain.abs(), merged.value_mix.square().sum((-2, -1)).sqrt() / shape.head_dim**0.5):
         assert 0.3 < mix.mean() < 3

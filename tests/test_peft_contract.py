@@ -17,7 +17,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, prepare_mo
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
-from asymgqa_peft import layers
+from asymgqa_peft.adapter import layer as layers
 from asymgqa_peft.families import head_shape
 
 MERGE_TOLERANCE = 2e-6  # fp32, logits of order 1

@@ -11,8 +11,8 @@ from peft import get_peft_model
 from torch import nn
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
+from asymgqa_peft.adapter.site import attention_sites
 from asymgqa_peft.families import find_family, head_shape
-from asymgqa_peft.sites import attention_sites
 
 MHA = [[[0, 3, 5, 6], [1], [2, 4, 7]], [[0, 1], [2, 5], [3, 4, 6, 7]]]
 GQA = [[[0, 2, 3], [1]], [[0], [1, 2, 3]]]

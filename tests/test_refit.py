@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asymgqa_peft.refit import OutputRefit
+from asymgqa_peft.method.refit import OutputRefit
 
 E, WIDTH, TOKENS = 10, 12, 60
 

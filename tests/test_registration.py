@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 import asymgqa_peft
 from asymgqa_peft import AsymGQAConfig, AsymGQAModel
-from asymgqa_peft.tuner import register
+from asymgqa_peft.adapter.model import register
 
 
 def test_member_is_indistinguishable_from_pefts_own():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asymgqa_peft.groups import split_evenly
-from asymgqa_peft.search import (
+from asymgqa_peft.method.search import (
     BATCH,
     CONFIRM,
     EXACT_BUDGET,

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from asymgqa_peft.families import HeadShape
-from asymgqa_peft.statistics import LayerMoments, LayerStatistics, metric_root, recording
+from asymgqa_peft.heads import HeadShape
+from asymgqa_peft.initialize.streams import recording
+from asymgqa_peft.method.statistics import LayerMoments, LayerStatistics, metric_root
 
 SHAPES = {
     "mha": HeadShape(24, 4, 4, 8, 8),

@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "asymgqa_peft"
 
-# A module imports only from modules on earlier lines. The one place that says so.
-ORDER = [
-    "files",
-    "attention",
-    "groups",
-    "families",
-    "threads",
-    "statistics",
-    "merge",
-    "search",
-    "refit",
-    "config",
-    "layers",
-    "sites",
-    "export",
-    "tuner",
-    "streams",
-    "initialize",
-    "trainer",
-    "evaluate",
-    "footprint",
-    "card",
-    "hub",
-    "plotting",
-]
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+ROOMS = ("method", "adapter", "initialize")
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 
 
 def tree(module: str) -> ast.Module:
@@ -42,36 +20,78 @@ def tree(module: str) -> ast.Module:
     return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
 
 
-def imported_siblings(source: ast.AST) -> set[str]:
-    """Modules of this package that `source` imports, at any depth."""
+def imports(source: ast.AST, module: str) -> set[str]:
+    """Names of all modules that `source`, the file `module` of the package, imports at any depth, written in full."""
+    package = ["asymgqa_peft", *module.split("/")[:-1]]
     found = set()
     for node in ast.walk(source):
-        if isinstance(node, ast.ImportFrom):
-            path = ("asymgqa_peft." if node.level else "") + (node.module or "")
-            if path.rstrip(".") == "asymgqa_peft":
-                found |= {alias.name for alias in node.names}
-            elif path.startswith("asymgqa_peft."):
-                found.add(path.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("asymgqa_peft.")}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*parents, *(node.module or "").split(".")]).rstrip(".")
+            found |= {f"{origin}.{alias.name}" for alias in node.names}
     return found
 
 
-def test_every_module_has_a_place_in_the_order():
-    assert MODULES, "no modules found"
-    assert set(MODULES) <= set(ORDER)
+def in_room(module: str, room: str) -> list[str]:
+    """What `module` imports from a room, or from a library of that name."""
+    return [name for name in imports(tree(module), module) if f".{room}." in f".{name}."]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_run_one_way(module):
-    earlier = set(ORDER[: ORDER.index(module)])
-    assert imported_siblings(tree(module)) <= earlier
+def modules_of(room: str) -> list[str]:
+    """The room's files."""
+    found = [module for module in MODULES if module.startswith(f"{room}/")]
+    assert found, f"no modules in {room}"
+    return found
+
+
+@pytest.mark.parametrize("module", modules_of("method"))
+def test_the_method_knows_neither_peft_nor_the_adapter(module):
+    assert not in_room(module, "peft") + in_room(module, "adapter") + in_room(module, "initialize")
+
+
+@pytest.mark.parametrize("module", modules_of("adapter"))
+def test_the_adapter_never_imports_the_method(module):
+    assert not in_room(module, "method") + in_room(module, "initialize")
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - set(modules_of("method")) - set(modules_of("initialize"))))
+def test_only_the_initialisation_joins_the_two(module):
+    assert not in_room(module, "method")
+
+
+def test_imports_make_no_circle():
+    arrows = {}
+    for module in MODULES:
+        names = imports(tree(module), module)
+        if module == "__init__":
+            continue
+        arrows[module] = {_module_of(name) for name in names} - {module, None}
+    while arrows:
+        leaves = {module for module, targets in arrows.items() if not targets & arrows.keys()}
+        assert leaves, f"a circle among {sorted(arrows)}"
+        arrows = {module: targets for module, targets in arrows.items() if module not in leaves}
+
+
+def _module_of(name: str) -> str | None:
+    """The module of the package that a full name is or is in; None for another package's."""
+    parts = name.split(".")
+    while parts:
+        path = "/".join(parts[1:])
+        for module in (path, f"{path}/__init__"):
+            if parts[0] == "asymgqa_peft" and module in MODULES:
+                return module
+        parts.pop()
+    return None
 
 
 def test_the_import_check_sees_every_form():
-    forms = ["from .a import x", "from . import b", "from asymgqa_peft.c import y", "import asymgqa_peft.d"]
-    source = "\n".join([*forms, "def f():", "    from .e import z"])
-    assert imported_siblings(ast.parse(source)) == {"a", "b", "c", "d", "e"}
+    forms = ["from .a import x", "from .. import b", "from ..c import y", "from asymgqa_peft.d import y"]
+    source = "\n".join([*forms, "import peft.utils", "def f():", "    from .e import z"])
+    expected = {"asymgqa_peft.adapter.a.x", "asymgqa_peft.b", "asymgqa_peft.c.y", "asymgqa_peft.d.y"}
+    expected |= {"peft.utils", "asymgqa_peft.adapter.e.z"}
+    assert imports(ast.parse(source), "adapter/model") == expected
 
 
 def public_definitions(node: ast.AST, prefix: str = "") -> list[tuple[str, ast.AST]]:
@@ -103,30 +123,9 @@ def test_no_family_is_named_outside_the_declarations(module):
 
 
 def test_heavy_libraries_are_imported_only_where_they_are_used():
-    """What `import asymgqa_peft` pulls in must not reach trl, datasets or matplotlib."""
-    eager, queue = set(), ["__init__"]
-    while queue:
-        module = queue.pop()
-        for name in imported_at_run_time(tree(module)) & set(MODULES) - eager:
-            eager.add(name)
-            queue.append(name)
-    assert "tuner" in eager
-    for module in eager | {"__init__"}:
-        heavy = {n.split(".")[0] for n in absolute_imports(tree(module))} & {"trl", "datasets", "matplotlib"}
-        assert not heavy, module
-
-
-def imported_at_run_time(source: ast.Module) -> set[str]:
-    """Siblings imported when the module itself is: not inside functions, nor under TYPE_CHECKING."""
-    return set().union(*(imported_siblings(n) for n in source.body if isinstance(n, ast.ImportFrom | ast.Import)))
-
-
-def absolute_imports(source: ast.Module) -> set[str]:
-    """Other packages' modules imported at the top level."""
-    found = set()
-    for node in source.body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module)
-    return found
+    """`import asymgqa_peft` must not take the seconds that trl, datasets and matplotlib take."""
+    show = "import sys, asymgqa_peft; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.split())
+    assert "asymgqa_peft.adapter.model" in loaded
+    assert not loaded & {"trl", "datasets", "matplotlib", "asymgqa_peft.trainer", "asymgqa_peft.initialize"}

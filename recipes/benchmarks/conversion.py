@@ -29,7 +29,7 @@ from transformers import LlamaConfig
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kl_to_reference
-from asymgqa_peft.threads import map_in_threads
+from asymgqa_peft.method.threads import map_in_threads
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from reporting import print_report

@@ -38,9 +38,9 @@ from transformers.cache_utils import StaticLayer
 from transformers.integrations import flex_attention
 
 from asymgqa_peft import AsymGQAConfig
+from asymgqa_peft.adapter.layer import Slots
 from asymgqa_peft.attention import fold, register_grouped_sdpa
 from asymgqa_peft.groups import slot_layout
-from asymgqa_peft.layers import Slots
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from reporting import format_table, print_report

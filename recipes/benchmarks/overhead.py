@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from asymgqa_peft import AsymGQAConfig
-from asymgqa_peft.sites import attention_sites
+from asymgqa_peft.adapter.site import attention_sites
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from reporting import print_report

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from asymgqa_peft.families import HeadShape
 from asymgqa_peft.groups import default_max_group_size
-from asymgqa_peft.merge import group_costs, pair_costs
-from asymgqa_peft.search import search_partition
-from asymgqa_peft.statistics import LayerStatistics
+from asymgqa_peft.heads import HeadShape
+from asymgqa_peft.method.merge import group_costs, pair_costs
+from asymgqa_peft.method.search import search_partition
+from asymgqa_peft.method.statistics import LayerStatistics
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from reporting import print_report

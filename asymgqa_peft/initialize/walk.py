@@ -1,18 +1,15 @@
-"""Initialise an adapter from activations: one walk through the model, a decoder layer at a time, no gradient step."""
+"""The walk: one decoder layer at a time, from statistics to groups, shared heads and output refit."""
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,116 +19,23 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .files import written_beside
-from .groups import HeadGroups, Partition, default_max_group_size, split_evenly
-from .layers import SharedQKV, mean_over_groups
-from .merge import AttentionWeights, MergedLayer, group_costs, head_similarity, merge_layer, pair_costs
-from .refit import OutputRefit
-from .search import search_partition
-from .sites import AttentionSite, attention_sites, evaluating
-from .statistics import LayerMoments, LayerStatistics, recording, sum_over_ranks
-from .streams import Stop, Streams, checked_batches, mask_of
-from .tuner import AsymGQAModel
-
-Matrix = list[list[float]]
-
-
-@dataclass(frozen=True)
-class InitializationReport:
-    """What `initialize_asymgqa_weights` found and did.
-
-    Attributes:
-        head_groups: groups of base KV heads, per layer.
-        grouping, criterion, merge: the adapter's choices.
-        costs: summed cost of the groups, per layer, in the unit of `asymgqa_peft.merge.group_costs`.
-        neighbour_costs: the same of contiguous groups.
-        similarity_before: per layer (K, K), mean cosine of two heads' keys and values as they are.
-        similarity_after: per layer (K, K), how alike two heads are in the best bases; 1 is lossless sharing.
-        tokens: tokens read, on all ranks, padding excluded.
-        seconds: wall time per stage. A search uses the CPU: on a GPU it runs beside the stages before it,
-            "converted stream" and "targets", and "search" is what had to be waited for.
-        search_seconds: what all searches took, waited for or not.
-        peak_memory: bytes, the highest of a CUDA device, or of the process where none is used.
-        notes: what could not be done, in sentences.
-    """
-
-    head_groups: list[list[list[int]]]
-    grouping: str
-    criterion: str
-    merge: str
-    costs: list[float]
-    neighbour_costs: list[float]
-    similarity_before: list[Matrix]
-    similarity_after: list[Matrix]
-    tokens: int
-    seconds: dict[str, float]
-    search_seconds: float
-    peak_memory: int
-    notes: list[str]
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON, and the folder it goes to if need be; a reader never sees half a file."""
-        with written_beside(path) as beside:
-            beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> InitializationReport:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: if the file holds something else.
-        """
-        try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{str(path)!r} is no InitializationReport ({error}): pass a file its save() wrote."
-            ) from error
-
-
-@torch.no_grad()
-def initialize_asymgqa_weights(
-    model: PeftModel,
-    batches: Iterable[Mapping[str, Tensor] | Tensor],
-    adapter_name: str | None = None,
-    progress: bool = True,
-) -> InitializationReport:
-    """Choose groups, merge K and V, and refit the output projection, from calibration data.
-
-    The model is walked as GPTQ walks it. Two streams of hidden states run through it, the original model's and the
-    converted one's; at each layer, statistics of the original give groups and shared heads, and o_proj's LoRA starts
-    from the change that best reproduces the original attention output on the converted stream. Both streams and one
-    layer's targets (3 x tokens x hidden size) lie on the GPU where they take at most half of what is free there, in
-    main memory otherwise; one batch and one layer's sums lie on the layer's device. Small eigenproblems run on the
-    CPU, in as many threads as torch may use. All LoRA of the adapter starts anew: a second call initialises again.
-    Under grouping="neighbour" or "random" the adapter's groups, given ones included, are kept; otherwise searched.
-
-    With several ranks each passes its own batches; sums are reduced, so that all end with the same groups and weights.
-
-    Args:
-        model: from `get_peft_model` with an `AsymGQAConfig`.
-        batches: dicts with input_ids (B, T) and optionally attention_mask, or LongTensors (B, T). A few ten thousand
-            tokens of text like that of later use are plenty.
-        adapter_name: which adapter; default the active one.
-        progress: show a progress bar over layers.
-
-    Raises:
-        ValueError: for an unfit model or batches, too few tokens, or NaN and inf, with the layer. After any error or
-            an interrupt the model is as it was before.
-    """
-    tuner, adapter_name = _checked_model(model, adapter_name)
-    streams = Streams(checked_batches(batches))
-    walk = _Walk(model, tuner, adapter_name, streams)
-    walk.check_tokens()
-    with evaluating(model), _all_or_nothing(model, tuner, adapter_name):
-        model.set_adapter(adapter_name)
-        return walk.run(progress)
-
+from ..adapter.layer import SharedQKV
+from ..adapter.model import AsymGQAModel
+from ..adapter.site import AttentionSite, attention_sites
+from ..groups import HeadGroups, Partition, default_max_group_size, split_evenly
+from ..heads import AttentionWeights, SharedShape
+from ..method.merge import group_costs, head_similarity, merge_layer, merge_notes, pair_costs
+from ..method.refit import OutputRefit
+from ..method.search import search_partition
+from ..method.statistics import LayerMoments, LayerStatistics, sum_over_ranks
+from .checks import check_finite
+from .report import InitializationReport
+from .streams import Stop, Streams, mask_of, recording
 
 # -------------------------------------------------------------------------------------------------- the walk
 
 
-class _Walk:
+class Walk:
     """The state of one initialisation."""
 
     def __init__(self, model: PeftModel, tuner: AsymGQAModel, adapter_name: str, streams: Streams):
@@ -139,6 +43,7 @@ class _Walk:
         self.config = tuner.peft_config[adapter_name]
         self.sites = attention_sites(model)
         self.shape = self.sites[0].shape
+        self.shared_shape = SharedShape.of_width(self.shape)
         self.cap = self.config.max_group_size or default_max_group_size(
             self.shape.num_attention_heads, self.shape.base_kv_heads, self.config.num_key_value_heads
         )
@@ -203,15 +108,17 @@ class _Walk:
     def _layer(self, site: AttentionSite) -> tuple[Partition, float, float, tuple[Tensor, Tensor]]:
         index = site.layer
         try:
-            weights = AttentionWeights(**site.weights())
-            _check_finite(weights)
+            weights = site.weights()
+            check_finite(weights)
             with self._timed("statistics"):
                 moments = self._moments(site, weights)
             found, targets = self._groups_and_targets(site, moments, on_gpu=weights.output.is_cuda)
             partition, cost, neighbour_cost, similarity = found
             with self._timed("merge"):
-                merged = merge_layer(moments, weights, partition, site.shape, self.config.merge)
-                self._write(site, partition, merged)
+                merged = merge_layer(moments, weights, partition, self.shared_shape, self.config.merge)
+                site.write(self.adapter, merged)
+                for note in merge_notes(site.shape, self.config.merge):
+                    self.notes[note].append(site.layer)
             del moments
             with self._timed("refit"):
                 self._refit(site, weights.output, targets)
@@ -307,17 +214,6 @@ class _Walk:
         neighbour = split_evenly(range(shape.base_kv_heads), config.num_key_value_heads)
         return partition, costs(partition).sum().item(), costs(neighbour).sum().item()
 
-    def _write(self, site: AttentionSite, partition: Partition, merged: MergedLayer) -> None:
-        site.set_partition(self.adapter, partition)
-        tensors = vars(merged).copy()
-        for note in tensors.pop("notes"):
-            self.notes[note].append(site.layer)
-        site.set_shared(self.adapter, **tensors)
-        if site.family.key_norm:  # its scale spans all heads
-            norm = getattr(site.attention, site.family.key_norm)
-            scale = norm.get_base_layer().weight.detach().unflatten(0, (-1, site.shape.head_dim))
-            norm.lora_norm[self.adapter].weight.copy_(mean_over_groups(scale, partition))
-
     def _refit(self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor | None]) -> None:
         """Start o_proj's LoRA from the least-squares fit of the targets on the converted stream; uses them up."""
         if reason := self._no_refit(site):
@@ -410,12 +306,6 @@ def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _check_finite(weights: AttentionWeights) -> None:
-    for name, tensor in vars(weights).items():
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise ValueError(f"NaN or inf in the base's {name} projection: check the checkpoint.")
-
-
 def _peak_memory() -> int:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
@@ -463,51 +353,3 @@ def _write_lora(layer: LoraLayer, adapter_name: str, factors: tuple[Tensor, Tens
 def _product(factors: tuple[Tensor, Tensor], scaling: float) -> Tensor:
     lora_a, lora_b = factors
     return scaling * lora_b @ lora_a
-
-
-@contextmanager
-def _all_or_nothing(model: PeftModel, tuner: AsymGQAModel, adapter_name: str) -> Iterator[None]:
-    """On any error or interrupt, put the adapter's tensors and groups back; put back what was active in any case."""
-    groups = tuner.head_groups(adapter_name)
-    before = {name: tensor.detach().cpu().clone() for name, tensor in _adapter_tensors(model, adapter_name)}
-    active, trainable = model.active_adapter, [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        tuner.set_head_groups(adapter_name, groups)
-        for name, tensor in _adapter_tensors(model, adapter_name):
-            tensor.copy_(before[name])
-        raise
-    finally:
-        tuner.enable_adapter_layers()
-        model.set_adapter(active)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-
-
-def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
-    return ((name, p.data) for name, p in model.named_parameters() if adapter_name in name.split("."))
-
-
-# --------------------------------------------------------------------------------------------------- checking
-
-
-def _checked_model(model: PeftModel, adapter_name: str | None) -> tuple[AsymGQAModel, str]:
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(model, PeftModel) or not isinstance(tuner, AsymGQAModel):
-        raise ValueError(
-            f"model is a {type(model).__name__}: pass what get_peft_model(base, AsymGQAConfig(...)) gave."
-        )
-    adapter_name = model.active_adapter if adapter_name is None else adapter_name
-    if adapter_name not in tuner.peft_config:
-        raise ValueError(f"adapter_name={adapter_name!r} is unknown, the model holds {list(tuner.peft_config)}.")
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if any(layer.merged for layer in layers):
-        raise ValueError(
-            "the adapter is merged: call unmerge_adapter() first, initialising needs the original weights."
-        )
-    if any(layer.disable_adapters for layer in layers):
-        raise ValueError("the adapter is disabled: leave disable_adapter() first.")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("some weights are on the meta device (offloaded or not loaded): place them on real devices.")
-    return tuner, adapter_name

@@ -16,8 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from .families import Family, HeadShape
-from .groups import Partition, SlotLayout, slot_layout
+from ..families import Family
+from ..groups import Partition, SlotLayout, slot_layout
+from ..heads import HeadShape
 
 _CACHES = ("past_key_values", "cache")
 """What attention modules and paged attention functions call their cache."""
@@ -180,6 +181,7 @@ class SharedProjection(SharedLayer):
         self.lora_slots = nn.ModuleDict()  # layout while there is a cache
         self.lora_uncached = nn.ModuleDict()  # and while there is none
         self.cached = True
+        self.partitions: dict[str, Partition] = {}
 
     def update_layer(self, adapter_name: str, partition: Partition) -> None:
         """Add an adapter whose shared heads are the mean of each group's base heads."""
@@ -207,6 +209,7 @@ class SharedProjection(SharedLayer):
         Empty slots spare the cache and cost attention. Without a cache, as in training, groups of unequal size
         therefore take the shape of MHA: K/V heads are repeated for their query heads, and no slot is empty.
         """
+        self.partitions[adapter_name] = partition
         layout = slot_layout(partition, self.shape.queries_per_kv, None if self.family.grouped else 1)
         slots = Slots(layout, self._device())
         self.lora_slots[adapter_name] = self.lora_uncached[adapter_name] = slots

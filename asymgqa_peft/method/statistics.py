@@ -6,15 +6,14 @@ sums of several processes simply add up. ``LayerStatistics`` accumulates, ``Laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from .families import HeadShape
+from ..heads import HeadShape
 from .threads import map_in_threads
 
 _ROOT_FLOOR = 1e-8
@@ -247,39 +246,6 @@ def sum_over_ranks(tensors: Iterator[Tensor] | Sequence[Tensor]) -> None:
             dist.all_reduce(real)
             dist.broadcast(real, src=0)  # same bits everywhere, so that every rank decides the same
         tensor.copy_(shared)
-
-
-@contextmanager
-def recording(
-    outputs: Mapping[str, nn.Module], inputs: Mapping[str, nn.Module] | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """Hooks that keep each module's latest output (or first input) under its name; always removed at the end.
-
-    Args:
-        outputs: name -> module whose output to keep.
-        inputs: name -> module whose first positional input to keep.
-
-    Raises:
-        ValueError: on a clean exit, if a module never ran: what was meant to be measured was not.
-    """
-    record: dict[str, Tensor] = {}
-    inputs = inputs or {}
-    handles = []
-    try:
-        for name, module in outputs.items():
-            handles.append(module.register_forward_hook(lambda _m, _args, out, at=name: record.update({at: out})))
-        for name, module in inputs.items():
-            handles.append(module.register_forward_pre_hook(lambda _m, args, at=name: record.update({at: args[0]})))
-        yield record
-    finally:
-        for handle in handles:
-            handle.remove()
-    silent = [name for name in (*outputs, *inputs) if name not in record]
-    if silent:
-        raise ValueError(
-            f"{', '.join(silent)} never ran while calibrating: the model's forward does not call it. "
-            "Check that the batches reach this layer and that the adapter wraps the modules the model uses."
-        )
 
 
 def _complex_gram(keys: Tensor) -> Tensor:  # (N, K, R) -> (F, K, K), sum over tokens of kappa_k conj(kappa_l)

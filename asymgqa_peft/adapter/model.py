@@ -14,12 +14,14 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .config import AsymGQAConfig
-from .export import export_plain_model, plan_export, shared_tensors
-from .families import HeadShape, find_family, head_shape
-from .groups import HeadGroups, default_max_group_size
-from .layers import SharedKey, SharedKeyNorm, SharedLayer, SharedProjection, SharedQKV, SharedValue
-from .sites import AttentionSite, attention_sites
+from ..config import AsymGQAConfig
+from ..families import find_family, head_shape
+from ..groups import HeadGroups, default_max_group_size
+from ..heads import HeadShape
+from .export import export_plain_model
+from .layer import SharedKey, SharedKeyNorm, SharedLayer, SharedProjection, SharedQKV, SharedValue
+from .plan import plan_export
+from .site import AttentionSite, attention_sites
 
 
 class AsymGQAModel(LoraModel):
@@ -196,10 +198,10 @@ class AsymGQAModel(LoraModel):
         if safe_merge:
             self._check_finite(name)
         plan = plan_export(self.model, self.head_groups(name), **layout)  # may refuse: nothing has changed yet
-        tensors = [shared_tensors(site, name) for site in attention_sites(self.model)]
+        readers = [site.reader(name) for site in attention_sites(self.model)]
         _remove_hooks(self.model)
         model = unload(merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=[name])
-        return export_plain_model(model, plan, tensors)
+        return export_plain_model(model, plan, readers)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge one adapter in place; `unmerge_adapter` takes it back.

@@ -1,4 +1,4 @@
-"""From adapter to plain checkpoint: shared heads and slots written into stock classes with stock configurations."""
+"""What the plain checkpoint of an adapter will be, decided before any module is touched."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 import transformers
-from accelerate import dispatch_model, init_empty_weights
-from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from .families import Family, HeadShape, find_family, head_shape
-from .groups import HeadGroups, SlotLayout, slot_layout
-from .layers import SharedKeyNorm
-from .sites import AttentionSite, attention_sites
+from ..families import Family, find_family, head_shape
+from ..groups import HeadGroups, SlotLayout, slot_layout
+from ..heads import HeadShape
 
 
 @dataclass(frozen=True)
@@ -50,25 +46,6 @@ class ExportPlan:
     other: StockModel | None
     layouts: tuple[SlotLayout, ...]
     cached_tokens: int
-
-
-@dataclass(frozen=True)
-class SharedTensors:
-    """One layer's adapter, as it goes into the plain checkpoint: the adapter's own tensors, not copies.
-
-    Attributes:
-        key, value: weight (G, D, E) of the shared heads and bias (G, D) or None.
-        query_gain: (H, R/2, 2), real and imaginary part of the gain's deviation from 1, or None.
-        query_mix, value_mix: (H, P, P) and (H, D, D), deviations from the identity, or None.
-        key_norm: (G, D) or None.
-    """
-
-    key: tuple[Tensor, Tensor | None]
-    value: tuple[Tensor, Tensor | None]
-    query_gain: Tensor | None
-    query_mix: Tensor | None
-    value_mix: Tensor | None
-    key_norm: Tensor | None
 
 
 def plan_export(
@@ -267,183 +244,3 @@ def _write_rope_fields(config: PretrainedConfig, family: Family) -> None:
         scaling = {entry: value for entry, value in parameters.items() if entry not in family.rope_fields}
         # Past the property of this name, which stands for rope_parameters and warns on assignment.
         vars(config)["rope_scaling"] = scaling
-
-
-@torch.no_grad()
-def shared_tensors(site: AttentionSite, adapter_name: str) -> SharedTensors:
-    """Take one layer's adapter out of its tuner layers."""
-    shape, tensors = site.shape, {}
-    for layer in site.shared_layers():
-        linear = layer.lora_kv[adapter_name]
-        weights = linear.weight.detach().unflatten(0, (len(layer.parts), -1, shape.head_dim))
-        biases = None if linear.bias is None else linear.bias.detach().unflatten(0, weights.shape[:3])
-        for index, part in enumerate(layer.parts):
-            tensors[part] = (weights[index], None if biases is None else biases[index])
-    norm = getattr(site.attention, site.family.key_norm) if site.family.key_norm else None
-    return SharedTensors(
-        key=tensors["key"],
-        value=tensors["value"],
-        query_gain=_fit(site.key.lora_query_gain, adapter_name),
-        query_mix=_fit(site.key.lora_query_mix, adapter_name),
-        value_mix=_fit(site.value.lora_value_mix, adapter_name),
-        key_norm=_norm_scale(norm, adapter_name, shape),
-    )
-
-
-def _fit(fits: nn.ModuleDict, adapter_name: str) -> Tensor | None:
-    return fits[adapter_name].weight.detach() if adapter_name in fits else None
-
-
-def _norm_scale(norm: SharedKeyNorm | None, adapter_name: str, shape: HeadShape) -> Tensor | None:
-    return None if norm is None else norm.lora_norm[adapter_name].weight.detach().unflatten(0, (-1, shape.head_dim))
-
-
-@torch.no_grad()
-def export_plain_model(model: PreTrainedModel, plan: ExportPlan, tensors: Sequence[SharedTensors]) -> PreTrainedModel:
-    """Write the shared heads into a model whose LoRA is merged, and return it as an instance of the stock class.
-
-    One projection at a time, its heads one by one in float64: beside the model, less than a layer is held.
-    """
-    for site, layout, shared in zip(attention_sites(model), plan.layouts, tensors, strict=True):
-        _write_layer(site, layout, shared)
-    return _as_stock_model(model, plan)
-
-
-def _write_layer(site: AttentionSite, layout: SlotLayout, shared: SharedTensors) -> None:
-    _set_inputs(site, layout, shared)
-    _set_output(site, layout, shared)
-
-
-def _set_inputs(site: AttentionSite, layout: SlotLayout, shared: SharedTensors) -> None:
-    family, attention, shape = site.family, site.attention, site.shape
-    key, value = (_stored(tensors, layout) for tensors in (shared.key, shared.value))
-    query = _fitted_query(site, layout, shared)
-    if family.query_norm:
-        query = _spread_query_norm(getattr(attention, family.query_norm), query, layout, shape)
-        stored = shared.key_norm[list(layout.kv_source)]
-        _set_parameter(getattr(attention, family.key_norm), "weight", stored.flatten())
-    if family.fused_qkv:
-        heads = torch.stack if family.fused_layout == "heads" else torch.cat
-        dim = 1 if family.fused_layout == "heads" else 0
-        weight = heads([query[0], key[0], value[0]], dim=dim)
-        bias = None if key[1] is None else heads([query[1], key[1], value[1]], dim=dim)
-        _set_linear(attention, family.fused_qkv, weight, bias)
-    else:
-        for name, (weight, bias) in ((family.query, query), (family.key, key), (family.value, value)):
-            _set_linear(attention, name, weight, bias)
-
-
-def _stored(heads: tuple[Tensor, Tensor | None], layout: SlotLayout) -> tuple[Tensor, Tensor | None]:
-    weight, bias = heads
-    source = list(layout.kv_source)
-    return weight[source].double(), None if bias is None else bias[source].double()
-
-
-def _fitted_query(site: AttentionSite, layout: SlotLayout, shared: SharedTensors) -> tuple[Tensor, Tensor | None]:
-    """Query weight (slots, D, E) and bias (slots, D) with gain and mix folded in, zero in empty slots."""
-    weight, bias = _query_heads(site)
-    columns = weight if bias is None else torch.cat((weight, bias[..., None]), dim=-1)
-    slots = columns.new_zeros(layout.num_slots, *columns.shape[1:], dtype=torch.float64)
-    for head, slot in enumerate(layout.slot_of_head):
-        slots[slot] = _fit_query(columns[head].double(), shared, head, site.shape)
-    return (slots, None) if bias is None else (slots[..., :-1], slots[..., -1])
-
-
-def _query_heads(site: AttentionSite) -> tuple[Tensor, Tensor | None]:
-    shape, family = site.shape, site.family
-    name = family.fused_qkv or family.query
-    linear = getattr(site.attention, name)
-    weight, bias = linear.weight, linear.bias
-    if family.fused_qkv and family.fused_layout == "heads":
-        weight, bias = (None if t is None else t.unflatten(0, (-1, 3, shape.head_dim))[:, 0] for t in (weight, bias))
-        return weight, bias
-    rows = shape.num_attention_heads * shape.head_dim
-    weight, bias = (None if t is None else t[:rows].unflatten(0, (-1, shape.head_dim)) for t in (weight, bias))
-    return weight, bias
-
-
-def _fit_query(columns: Tensor, shared: SharedTensors, head: int, shape: HeadShape) -> Tensor:
-    """(D, C) -> (D, C) of one query head: the complex gain on rotary pairs, the mix on the rest."""
-    rotary, rest = columns.split([shape.rotary_dim, shape.pass_dim])
-    if shared.query_gain is not None:
-        gain = torch.view_as_complex(shared.query_gain[head].double()) + 1
-        pairs = torch.complex(*rotary.chunk(2)) * gain[:, None]
-        rotary = torch.cat((pairs.real, pairs.imag))
-    if shared.query_mix is not None:
-        rest = rest + shared.query_mix[head].double() @ rest
-    return torch.cat((rotary, rest))
-
-
-def _spread_query_norm(norm: nn.Module, query, layout: SlotLayout, shape: HeadShape):
-    """Let a norm over all slots act as the base's over H heads: empty slots thin out the mean square.
-
-    With queries scaled by sqrt(slots / H) the mean square, and so epsilon's share, is the base's; the norm's scale
-    takes the factor back.
-    """
-    factor = math.sqrt(layout.num_slots / shape.num_attention_heads)
-    scale = norm.weight.detach().double().unflatten(0, (-1, shape.head_dim)) / factor
-    _set_parameter(norm, "weight", _scatter(scale, layout).flatten())
-    weight, bias = query
-    return weight * factor, None if bias is None else bias * factor
-
-
-def _scatter(heads: Tensor, layout: SlotLayout) -> Tensor:
-    slots = heads.new_zeros(layout.num_slots, *heads.shape[1:])
-    slots[list(layout.slot_of_head)] = heads
-    return slots
-
-
-def _set_output(site: AttentionSite, layout: SlotLayout, shared: SharedTensors) -> None:
-    linear, head_dim = site.output, site.shape.head_dim
-    heads = linear.weight.unflatten(1, (-1, head_dim))  # (E, H, D)
-    slots = heads.new_zeros(len(heads), layout.num_slots, head_dim)
-    for head, slot in enumerate(layout.slot_of_head):
-        columns = heads[:, head].double()
-        if shared.value_mix is not None:
-            columns = columns + columns @ shared.value_mix[head].double()
-        slots[:, slot] = columns.to(slots)
-    _replace_linear(site.attention, site.family.output, slots.flatten(1), linear.bias)
-
-
-def _set_linear(attention: nn.Module, name: str, heads: Tensor, bias: Tensor | None) -> None:
-    weight = heads.flatten(0, -2)
-    _replace_linear(attention, name, weight, None if bias is None else bias.flatten())
-
-
-def _replace_linear(attention: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
-    old = getattr(attention, name)
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    new.weight = nn.Parameter(weight.to(old.weight).contiguous())
-    if bias is not None:
-        new.bias = nn.Parameter(bias.detach().to(old.weight).contiguous())
-    setattr(attention, name, new)
-
-
-def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    setattr(module, name, nn.Parameter(value.to(getattr(module, name))))
-
-
-def _as_stock_model(model: PreTrainedModel, plan: ExportPlan) -> PreTrainedModel:
-    """A fresh instance of the stock class that takes over the tensors: strict loading proves names and shapes."""
-    # Unloading a head that was trained on its own (modules_to_save) unties it, after the plan was made.
-    plan.plain.config.tie_word_embeddings = model.config.tie_word_embeddings
-    with init_empty_weights(include_buffers=False):
-        plain = plan.plain.model_class(plan.plain.config)
-    plain.load_state_dict(model.state_dict(), strict=True, assign=True)
-    plain.tie_weights()
-    plain.export_plan = plan  # for export_report; not part of the configuration
-    _take_over_buffers(model, plain)
-    if model.can_generate():
-        plain.generation_config = copy.deepcopy(model.generation_config)
-    plain.train(model.training)
-    device_map = getattr(model, "hf_device_map", None)
-    return dispatch_model(plain, device_map) if device_map and len(set(device_map.values())) > 1 else plain
-
-
-def _take_over_buffers(model: nn.Module, plain: nn.Module) -> None:
-    """Buffers that no state dict holds (rotary frequencies), with their device."""
-    buffers = dict(model.named_buffers())
-    for name, _ in list(plain.named_buffers()):
-        if name in buffers:
-            parent, _, attribute = name.rpartition(".")
-            setattr(plain.get_submodule(parent), attribute, buffers[name])

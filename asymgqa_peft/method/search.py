@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from .groups import Group, Partition, split_evenly
+from ..groups import Group, Partition, split_evenly
 
 CostFunction = Callable[[Sequence[Group]], torch.Tensor]  # n groups -> their n costs
 Score = Callable[[Sequence[Group]], list[float]]  # the same with a memory: exact costs or the surrogate

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .families import HeadShape
-from .groups import Group, Partition, query_heads
+from ..groups import Group, Partition, query_heads
+from ..heads import AttentionWeights, HeadShape, SharedHeads, SharedShape, mean_heads
 from .statistics import LayerMoments
 from .threads import map_in_threads
 
@@ -38,64 +37,26 @@ _PARTS_PER_THREAD = 4
 """Chunks that a thread gets of groups of one size, so that no thread waits long for the last one."""
 
 
-@dataclass(frozen=True)
-class AttentionWeights:
-    """The base's projections of one layer: query (H D, E), key and value (K D, E), output (E, H D); biases or None."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    query_bias: Tensor | None = None
-    key_bias: Tensor | None = None
-    value_bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class MergedLayer:
-    """Shared heads of one layer, in float64.
-
-    A query head h of group g attends with shared head g: rotary part of its query times ``query_gain``, pass-through
-    part times ``query_mix``, its attention output times ``value_mix``. None means identity.
-
-    Attributes:
-        key_weight, value_weight: (G D, E).
-        key_bias, value_bias: (G D,) or None.
-        query_gain: (H, R / 2) complex.
-        query_mix: (H, P, P).
-        value_mix: (H, D, D).
-        notes: what could not be done, in sentences.
-    """
-
-    key_weight: Tensor
-    value_weight: Tensor
-    key_bias: Tensor | None = None
-    value_bias: Tensor | None = None
-    query_gain: Tensor | None = None
-    query_mix: Tensor | None = None
-    value_mix: Tensor | None = None
-    notes: tuple[str, ...] = ()
-
-
 def merge_layer(
-    moments: LayerMoments | None, weights: AttentionWeights, partition: Partition, shape: HeadShape, merge: Merge
-) -> MergedLayer:
-    """Merge one layer's K and V by ``partition``.
+    moments: LayerMoments | None, weights: AttentionWeights, partition: Partition, shape: SharedShape, merge: Merge
+) -> SharedHeads:
+    """Merge one layer's K and V by ``partition``; the result is in float64.
 
     Args:
         moments: what calibration found; None will do for merge="mean".
         weights: the base's projections.
         partition: groups of base KV heads.
-        shape: the layer's shape.
-        merge: "mean", "aligned" or "principal". Where a norm or clamp pins the heads' basis (``shape.free_keys`` or
-            ``free_values`` is False) the mean is taken, and ``notes`` says so.
+        shape: of the shared heads.
+        merge: "mean", "aligned" or "principal". Where a norm or clamp pins the heads' basis (``free_keys`` or
+            ``free_values`` of the base's shape is False) the mean is taken; `merge_notes` says so.
     """
-    key_merge, value_merge, notes = _effective(shape, merge)
+    base = shape.base
+    key_merge, value_merge = _effective(base, merge)
     if moments is None and (key_merge, value_merge) != ("mean", "mean"):
         raise ValueError(f"merge={merge!r} needs calibration statistics: give moments, or use merge='mean'.")
-    rotary, rest, dim = shape.rotary_dim // 2, shape.pass_dim, shape.head_dim
-    key, value = _heads(weights.key, weights.key_bias, shape), _heads(weights.value, weights.value_bias, shape)
-    heads = shape.num_attention_heads
+    rotary, rest, dim = base.rotary_dim // 2, base.pass_dim, base.head_dim
+    key, value = _heads(weights.key, weights.key_bias, base), _heads(weights.value, weights.value_bias, base)
+    heads = base.num_attention_heads
     query_gain = key.new_ones(heads, rotary, dtype=torch.complex128)
     query_mix = torch.eye(rest).to(key).repeat(heads, 1, 1)
     value_mix = torch.eye(dim).to(key).repeat(heads, 1, 1)
@@ -103,32 +64,44 @@ def merge_layer(
 
     def maps(group: Group) -> list[Tensor]:
         members = torch.tensor([group], device=key.device if moments is None else moments.key_gram.device)
-        key_maps = _key_maps(moments, members, shape, key_merge)
-        pass_maps = _pass_maps(moments, members, shape, key_merge)
-        return [*key_maps, *pass_maps, *_value_maps(moments, members, shape, value_merge)]
+        key_maps = _key_maps(moments, members, base, key_merge)
+        pass_maps = _pass_maps(moments, members, base, key_merge)
+        return [*key_maps, *pass_maps, *_value_maps(moments, members, base, value_merge)]
 
     for group, found in zip(partition, map_in_threads(maps, partition), strict=True):
-        queries = query_heads(group, shape.queries_per_kv)
+        queries = query_heads(group, base.queries_per_kv)
         encode, decode, pass_encode, pass_decode, value_encode, value_decode = (m.to(key.device) for m in found)
-        shared_keys.append(_encode_key(key[list(group)], encode[0], pass_encode[0], shape))
+        shared_keys.append(_encode_key(key[list(group)], encode[0], pass_encode[0], base))
         shared_values.append(value_encode[0] @ value[list(group)].flatten(0, 1))
         # Re(q conj(b s)) = Re(q conj(b) conj(s)); q . (B s) = (B^T q) . s; v = B s.
-        repeat = shape.queries_per_kv
+        repeat = base.queries_per_kv
         query_gain[queries] = decode[0].conj().T.repeat_interleave(repeat, 0)
         query_mix[queries] = pass_decode[0].unflatten(0, (len(group), rest)).mT.repeat_interleave(repeat, 0)
         value_mix[queries] = value_decode[0].unflatten(0, (len(group), dim)).repeat_interleave(repeat, 0)
-    key_weight, key_bias = _split_bias(torch.cat(shared_keys), weights.key_bias)
-    value_weight, value_bias = _split_bias(torch.cat(shared_values), weights.value_bias)
-    return MergedLayer(
-        key_weight,
-        value_weight,
-        key_bias,
-        value_bias,
-        query_gain if key_merge != "mean" and rotary else None,
-        query_mix if key_merge != "mean" and rest else None,
-        value_mix if value_merge != "mean" else None,
-        notes,
+    key_weight, key_bias = _split_bias(torch.stack(shared_keys), weights.key_bias)
+    value_weight, value_bias = _split_bias(torch.stack(shared_values), weights.value_bias)
+    return SharedHeads(
+        partition=partition,
+        shape=shape,
+        key=key_weight,
+        value=value_weight,
+        key_bias=key_bias,
+        value_bias=value_bias,
+        query_gain=query_gain if key_merge != "mean" and rotary else None,
+        query_mix=query_mix if key_merge != "mean" and rest else None,
+        value_mix=value_mix if value_merge != "mean" else None,
+        key_norm=mean_heads(weights, partition, shape).key_norm,
     )
+
+
+def merge_notes(shape: HeadShape, merge: Merge) -> list[str]:
+    """What `merge_layer` cannot do for heads of this shape, in sentences."""
+    notes = []
+    if merge != "mean" and not shape.free_keys:
+        notes.append("keys are merged by their mean: a norm or clamp after the projection fixes their basis.")
+    if merge != "mean" and not shape.free_values:
+        notes.append("values are merged by their mean: a clamp after the projection fixes their basis.")
+    return notes
 
 
 def group_costs(
@@ -222,7 +195,7 @@ def merge_losses(
     Slower than ``group_costs`` and without its normalisation: the maps are built and their error is measured, where
     ``group_costs`` knows a formula.
     """
-    key_merge, value_merge, _ = _effective(shape, merge)
+    key_merge, value_merge = _effective(shape, merge)
     keys, values = [], []
     for group in groups:
         members = torch.tensor([tuple(group)], device=moments.key_gram.device)
@@ -244,7 +217,7 @@ def _cosine_costs(moments: LayerMoments, members: Tensor) -> Tensor:
 def _residual_costs(
     moments: LayerMoments, members: Tensor, shape: HeadShape, merge: Merge, key_weight: float, value_weight: float
 ) -> Tensor:
-    key_merge, value_merge, _ = _effective(shape, merge)
+    key_merge, value_merge = _effective(shape, merge)
     if key_merge == "principal":
         gram = _gram_block(moments, members)
         key_loss = _tail_energy(gram, 1).sum(-1) / 2
@@ -427,13 +400,9 @@ def _times_blocks(matrix: Tensor, blocks: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- plumbing
 
 
-def _effective(shape: HeadShape, merge: Merge) -> tuple[Merge, Merge, tuple[str, ...]]:
-    notes = []
-    if merge != "mean" and not shape.free_keys:
-        notes.append("keys are merged by their mean: a norm or clamp after the projection fixes their basis.")
-    if merge != "mean" and not shape.free_values:
-        notes.append("values are merged by their mean: a clamp after the projection fixes their basis.")
-    return merge if shape.free_keys else "mean", merge if shape.free_values else "mean", tuple(notes)
+def _effective(shape: HeadShape, merge: Merge) -> tuple[Merge, Merge]:
+    """The merges of keys and of values: the mean where their basis is fixed."""
+    return merge if shape.free_keys else "mean", merge if shape.free_values else "mean"
 
 
 def _gram_block(moments: LayerMoments, members: Tensor) -> Tensor:  # (b, F, n, n)
@@ -464,4 +433,4 @@ def _encode_key(key: Tensor, encode: Tensor, pass_encode: Tensor, shape: HeadSha
 
 
 def _split_bias(rows: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return (rows, None) if bias is None else (rows[:, :-1].contiguous(), rows[:, -1].contiguous())
+    return (rows, None) if bias is None else (rows[..., :-1].contiguous(), rows[..., -1].contiguous())

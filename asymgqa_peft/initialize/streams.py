@@ -140,3 +140,36 @@ def _checked_batch(index: int, batch: object) -> dict[str, Tensor]:
 def mask_of(batch: dict[str, Tensor]) -> Tensor:
     """Which tokens of a checked batch count: bool (B, T)."""
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+
+
+@contextmanager
+def recording(
+    outputs: Mapping[str, nn.Module], inputs: Mapping[str, nn.Module] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Hooks that keep each module's latest output (or first input) under its name; always removed at the end.
+
+    Args:
+        outputs: name -> module whose output to keep.
+        inputs: name -> module whose first positional input to keep.
+
+    Raises:
+        ValueError: on a clean exit, if a module never ran: what was meant to be measured was not.
+    """
+    record: dict[str, Tensor] = {}
+    inputs = inputs or {}
+    handles = []
+    try:
+        for name, module in outputs.items():
+            handles.append(module.register_forward_hook(lambda _m, _args, out, at=name: record.update({at: out})))
+        for name, module in inputs.items():
+            handles.append(module.register_forward_pre_hook(lambda _m, args, at=name: record.update({at: args[0]})))
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [name for name in (*outputs, *inputs) if name not in record]
+    if silent:
+        raise ValueError(
+            f"{', '.join(silent)} never ran while calibrating: the model's forward does not call it. "
+            "Check that the batches reach this layer and that the adapter wraps the modules the model uses."
+        )

@@ -1,0 +1,229 @@
+"""The one representation of a converted layer: its shared heads, from the merge to the adapter to the checkpoint.
+
+Axes: E hidden size, H query heads and K KV heads of the base, D head dimension and R rotary dimensions of the base,
+P = D - R, G shared heads, W dimensions of a shared head, of which W_r are rotary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .groups import Partition
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Shape of one attention layer of the base.
+
+    Attributes:
+        hidden_size: E, model width.
+        num_attention_heads: H, query heads of the base.
+        base_kv_heads: K, KV heads of the base; query head h follows KV head h // (H / K).
+        head_dim: D.
+        rotary_dim: R, leading dimensions of a head that RoPE rotates in half-split pairs (j, j + R/2); 0 without RoPE.
+        free_keys: whether a query gain may undo a change of the keys' basis (not with a norm or clamp in between).
+        free_values: whether a value mix may undo a change of the values' basis.
+    """
+
+    hidden_size: int
+    num_attention_heads: int
+    base_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    free_keys: bool = True
+    free_values: bool = True
+
+    @property
+    def queries_per_kv(self) -> int:
+        """r = H / K."""
+        return self.num_attention_heads // self.base_kv_heads
+
+    @property
+    def pass_dim(self) -> int:
+        """P = D - R, dimensions of a key that RoPE leaves alone."""
+        return self.head_dim - self.rotary_dim
+
+
+@dataclass(frozen=True)
+class SharedShape:
+    """Shape of the shared heads of a model: the same in all of its layers, as one stock configuration has to say it.
+
+    A dimension of a shared head stands for one dimension of a base head (or one rotary pair for one pair). A head
+    that is wider than the base's has several for the same one.
+
+    Attributes:
+        base: shape of the base's layers.
+        head_dim: W.
+        frequencies: for each rotary pair of a shared head, which of the base's frequencies it turns at; ascending,
+            W_r / 2 long.
+    """
+
+    base: HeadShape
+    head_dim: int
+    frequencies: tuple[int, ...]
+
+    @classmethod
+    def of_width(cls, base: HeadShape, head_dim: int | None = None) -> SharedShape:
+        """Shape of heads of W dimensions; None is the base's D.
+
+        Every frequency occurs equally often. What does not divide evenly goes to the slowest frequencies, where keys
+        have most of their energy.
+        """
+        width = base.head_dim if head_dim is None else head_dim
+        pairs = base.rotary_dim // 2
+        wanted = width * base.rotary_dim // base.head_dim // 2
+        counts = [0] * pairs
+        for index in range(wanted):
+            counts[pairs - 1 - index % pairs] += 1
+        frequencies = [frequency for frequency, count in enumerate(counts) for _ in range(count)]
+        return cls(base, width, tuple(frequencies))
+
+    @property
+    def rotary_dim(self) -> int:
+        """W_r, leading dimensions of a shared head that RoPE rotates in half-split pairs."""
+        return 2 * len(self.frequencies)
+
+    @property
+    def pass_dim(self) -> int:
+        """W - W_r."""
+        return self.head_dim - self.rotary_dim
+
+    @property
+    def pass_sources(self) -> tuple[int, ...]:
+        """For each pass-through dimension of a shared key, which of the base's P it stands for."""
+        return tuple(index % self.base.pass_dim for index in range(self.pass_dim))
+
+    @property
+    def value_sources(self) -> tuple[int, ...]:
+        """For each dimension of a shared value, which of the base's D it stands for."""
+        return tuple(index % self.base.head_dim for index in range(self.head_dim))
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """The base's projections of one layer.
+
+    Attributes:
+        query: (H D, E).
+        key, value: (K D, E).
+        output: (E, H D).
+        query_bias, key_bias, value_bias: (H D,), (K D,), (K D,) or None.
+        key_norm: (K, D) scale of a norm that spans all keys, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    query_bias: Tensor | None = None
+    key_bias: Tensor | None = None
+    value_bias: Tensor | None = None
+    key_norm: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SharedHeads:
+    """The shared heads of one layer, and what each query head needs to use one.
+
+    Query head h of group g attends with shared head g: each rotary pair of the shared head gets the query pair of its
+    frequency, times ``query_gain[h]``; the pass-through part of the query goes through ``query_mix[h]``; what the
+    attention returns goes through ``value_mix[h]``. None means that every head of a group uses the shared head as
+    `mean_heads` does.
+
+    Attributes:
+        partition: groups of base KV heads.
+        shape: of the shared heads.
+        key, value: (G, W, E).
+        key_bias, value_bias: (G, W) or None.
+        query_gain: (H, W_r / 2) complex.
+        query_mix: (H, W - W_r, P).
+        value_mix: (H, D, W).
+        key_norm: (G, W) scale of a norm that spans all shared keys, or None.
+    """
+
+    partition: Partition
+    shape: SharedShape
+    key: Tensor
+    value: Tensor
+    key_bias: Tensor | None = None
+    value_bias: Tensor | None = None
+    query_gain: Tensor | None = None
+    query_mix: Tensor | None = None
+    value_mix: Tensor | None = None
+    key_norm: Tensor | None = None
+
+
+def mean_heads(weights: AttentionWeights, partition: Partition, shape: SharedShape) -> SharedHeads:
+    """Shared heads that need no data: means of neighbouring heads of a group (Ainslie et al. 2023, arXiv 2305.13245).
+
+    A dimension that a shared head has n times is the mean over each of n neighbouring parts of the group, so that a
+    head of width D is the mean of its group, and one as wide as the whole group holds every head. Computed in float32
+    at least, in which the mean of 16-bit weights is exact enough.
+    """
+    base = shape.base
+    rotary = torch.tensor(shape.frequencies, dtype=torch.long)
+    passing = torch.tensor(shape.pass_sources, dtype=torch.long) + base.rotary_dim
+    key_rows = torch.cat((rotary, rotary + base.rotary_dim // 2, passing))
+    rotary_parts = part_members(partition, shape.frequencies)
+    parts = torch.cat((rotary_parts, rotary_parts, part_members(partition, shape.pass_sources)), dim=1)
+    value_rows = torch.tensor(shape.value_sources, dtype=torch.long)
+    value_parts = part_members(partition, shape.value_sources)
+
+    def shared(heads: Tensor | None, rows: Tensor, parts: Tensor) -> Tensor | None:
+        return None if heads is None else _mean_of_parts(heads, partition, rows, parts)
+
+    split = (base.base_kv_heads, base.head_dim)
+    return SharedHeads(
+        partition=partition,
+        shape=shape,
+        key=shared(weights.key.unflatten(0, split), key_rows, parts),
+        value=shared(weights.value.unflatten(0, split), value_rows, value_parts),
+        key_bias=shared(_unflattened(weights.key_bias, split), key_rows, parts),
+        value_bias=shared(_unflattened(weights.value_bias, split), value_rows, value_parts),
+        key_norm=shared(weights.key_norm, key_rows, parts),
+    )
+
+
+def part_members(partition: Partition, sources: Sequence[int]) -> Tensor:
+    """Which heads each dimension of a shared head is the mean of, in `mean_heads`.
+
+    Args:
+        partition: groups of the K heads.
+        sources: for each of J dimensions of a shared head, which dimension of a base head it stands for.
+
+    Returns:
+        (K, J) of 0 and 1: whether base head k has a share in dimension j of its group's shared head.
+    """
+    occurrences = Counter(sources)
+    members = torch.zeros(sum(len(group) for group in partition), len(sources))
+    seen: Counter[int] = Counter()
+    for column, source in enumerate(sources):
+        # The n-th dimension of one source takes the n-th part of each group.
+        part, parts = seen[source], occurrences[source]
+        seen[source] += 1
+        for group in partition:
+            start, end = len(group) * part // parts, len(group) * (part + 1) // parts
+            members[list(group[start:end]), column] = 1.0
+    return members
+
+
+def _mean_of_parts(heads: Tensor, partition: Partition, rows: Tensor, parts: Tensor) -> Tensor:
+    """Base heads (K, D, ...) -> shared heads (G, W, ...): row j is the mean of base row ``rows[j]`` over its part."""
+    heads = heads.to(torch.promote_types(heads.dtype, torch.float32))
+    rows, parts = rows.to(heads.device), parts.to(heads)
+    shared = []
+    for group in partition:
+        share = parts[list(group)].reshape(len(group), len(rows), *[1] * (heads.dim() - 2))
+        total = (heads[list(group)][:, rows] * share).sum(0)
+        # A group of fewer heads than parts leaves some dimensions without a head: they stay zero.
+        shared.append(total / share.sum(0).clamp_min(1.0))
+    return torch.stack(shared)
+
+
+def _unflattened(bias: Tensor | None, split: tuple[int, int]) -> Tensor | None:
+    return None if bias is None else bias.unflatten(0, split)

@@ -1,0 +1,56 @@
+"""Initialise an adapter from activations: one walk through the model, a decoder layer at a time, no gradient step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from ..adapter.site import evaluating
+from .checks import all_or_nothing, checked_model
+from .report import InitializationReport
+from .streams import Streams, checked_batches
+from .walk import Walk
+
+__all__ = ["InitializationReport", "initialize_asymgqa_weights"]
+
+
+@torch.no_grad()
+def initialize_asymgqa_weights(
+    model: PeftModel,
+    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    adapter_name: str | None = None,
+    progress: bool = True,
+) -> InitializationReport:
+    """Choose groups, merge K and V, and refit the output projection, from calibration data.
+
+    The model is walked as GPTQ walks it. Two streams of hidden states run through it, the original model's and the
+    converted one's; at each layer, statistics of the original give groups and shared heads, and o_proj's LoRA starts
+    from the change that best reproduces the original attention output on the converted stream. Both streams and one
+    layer's targets (3 x tokens x hidden size) lie on the GPU where they take at most half of what is free there, in
+    main memory otherwise; one batch and one layer's sums lie on the layer's device. Small eigenproblems run on the
+    CPU, in as many threads as torch may use. All LoRA of the adapter starts anew: a second call initialises again.
+    Under grouping="neighbour" or "random" the adapter's groups, given ones included, are kept; otherwise searched.
+
+    With several ranks each passes its own batches; sums are reduced, so that all end with the same groups and weights.
+
+    Args:
+        model: from `get_peft_model` with an `AsymGQAConfig`.
+        batches: dicts with input_ids (B, T) and optionally attention_mask, or LongTensors (B, T). A few ten thousand
+            tokens of text like that of later use are plenty.
+        adapter_name: which adapter; default the active one.
+        progress: show a progress bar over layers.
+
+    Raises:
+        ValueError: for an unfit model or batches, too few tokens, or NaN and inf, with the layer. After any error or
+            an interrupt the model is as it was before.
+    """
+    tuner, adapter_name = checked_model(model, adapter_name)
+    streams = Streams(checked_batches(batches))
+    walk = Walk(model, tuner, adapter_name, streams)
+    walk.check_tokens()
+    with evaluating(model), all_or_nothing(model, tuner, adapter_name):
+        model.set_adapter(adapter_name)
+        return walk.run(progress)

@@ -1,0 +1,67 @@
+"""What must hold before an initialisation starts, and what is put back if it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..adapter.model import AsymGQAModel
+from ..heads import AttentionWeights
+
+
+def checked_model(model: PeftModel, adapter_name: str | None) -> tuple[AsymGQAModel, str]:
+    """The tuner and the adapter's name, if the adapter can be initialised; ValueError otherwise."""
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(model, PeftModel) or not isinstance(tuner, AsymGQAModel):
+        raise ValueError(
+            f"model is a {type(model).__name__}: pass what get_peft_model(base, AsymGQAConfig(...)) gave."
+        )
+    adapter_name = model.active_adapter if adapter_name is None else adapter_name
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(f"adapter_name={adapter_name!r} is unknown, the model holds {list(tuner.peft_config)}.")
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "the adapter is merged: call unmerge_adapter() first, initialising needs the original weights."
+        )
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError("the adapter is disabled: leave disable_adapter() first.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("some weights are on the meta device (offloaded or not loaded): place them on real devices.")
+    return tuner, adapter_name
+
+
+def check_finite(weights: AttentionWeights) -> None:
+    """Raise ValueError for NaN or inf in the base's projections of a layer."""
+    for name, tensor in vars(weights).items():
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise ValueError(f"NaN or inf in the base's {name} projection: check the checkpoint.")
+
+
+@contextmanager
+def all_or_nothing(model: PeftModel, tuner: AsymGQAModel, adapter_name: str) -> Iterator[None]:
+    """On any error or interrupt, put the adapter's tensors and groups back; put back what was active in any case."""
+    groups = tuner.head_groups(adapter_name)
+    before = {name: tensor.detach().cpu().clone() for name, tensor in _adapter_tensors(model, adapter_name)}
+    active, trainable = model.active_adapter, [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        tuner.set_head_groups(adapter_name, groups)
+        for name, tensor in _adapter_tensors(model, adapter_name):
+            tensor.copy_(before[name])
+        raise
+    finally:
+        tuner.enable_adapter_layers()
+        model.set_adapter(active)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    return ((name, p.data) for name, p in model.named_parameters() if adapter_name in name.split("."))

@@ -1,0 +1,1 @@
+"""The method: tensors in, tensors out. Statistics, groups, merges and refit; knows neither PEFT nor the adapter."""
