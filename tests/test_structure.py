@@ -27,6 +27,7 @@ ORDER = [
     "tuner",
     "streams",
     "initialize",
+    "distillation",
     "trainer",
     "evaluate",
     "footprint",
