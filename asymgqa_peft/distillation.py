@@ -149,7 +149,9 @@ class _ChunkedDistillation(torch.autograd.Function):
         student_gradient = _zeros_if(wanted[0], student, student.dtype)
         weight_gradient = _zeros_if(wanted[1], weight, torch.float32)
         bias_gradient = _zeros_if(wanted[2], bias, torch.float32)
-        gradient_dtype = weight.dtype if any(wanted) else None
+        gradient_dtype = None
+        if any(wanted):
+            gradient_dtype = weight.dtype
         sums = torch.zeros(1 + len(STATISTICS), dtype=torch.float32, device=student.device)
         terms, same_shape = chunk_terms_for(student.device)
 
@@ -226,23 +228,18 @@ def chunk_terms(
     teacher_softcap: float | None,
     gradient_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums and gradient of one chunk.
+    """Sums and gradient of one chunk; weight, temperature and softcaps as in `distillation_loss`.
 
     With q = softmax(s), q_τ = softmax(s / τ), p = softmax(t / τ) and y the one-hot label:
         d CE / d s = q - y,   d τ² KL / d s = τ (q_τ - p),   d c tanh(x / c) / d x = 1 - (s / c)².
 
     Args:
-        student: (n, V) float32 logits before the softcap.
-        teacher: (n, V) float32 logits before the softcap.
-        labels: (n,) token ids; -100 marks rows that count for nothing.
-        weight: w in [0, 1].
-        temperature: τ > 0.
-        student_softcap: c of the student's output layer, or None.
-        teacher_softcap: c of the teacher's output layer, or None.
+        student, teacher: (n, V) float32 logits before the softcap.
+        labels: (n,) token ids; rows labelled -100 count for nothing.
         gradient_dtype: dtype of the gradient; None if none is wanted.
 
     Returns:
-        Sums (5,) of the loss and of `STATISTICS`; the gradient of the loss with respect to `student`, (n, V), or None.
+        Sums (5,) of the loss and `STATISTICS`, and the gradient of the loss by `student`, (n, V), or None.
     """
     student = apply_softcap(student, student_softcap)
     teacher = apply_softcap(teacher, teacher_softcap)

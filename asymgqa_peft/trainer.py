@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,13 +71,17 @@ class AsymGQATrainer(SFTTrainer):
         self.temperature = float(temperature)
         self.kv_learning_rate_scale = float(kv_learning_rate_scale)
         self._output_layer_is_checked = False
-        self._running_sums = {"train": _RunningSums(), "eval": _RunningSums()}
+        # Tokens and STATISTICS since the last log, in float64 on the host.
+        self._running_sums = {
+            mode: torch.zeros(1 + len(STATISTICS), dtype=torch.float64) for mode in ("train", "eval")
+        }
         # On a quantised base SFTTrainer rounds trainable parameters to bf16 by giving them new storage. These
         # references keep the exact values alive; nothing is copied.
         model = args[0] if args else kwargs.get("model")
         exact_values = {}
         if isinstance(model, PeftModel):
-            exact_values = {name: parameter.data for name, parameter in _shared_head_parameters(model)}
+            for name, parameter in _shared_head_parameters(model):
+                exact_values[name] = parameter.data
         super().__init__(*args, **kwargs)
         self._train_shared_heads_in_float32(exact_values)
         if self.distillation_weight > 0:
@@ -185,33 +188,38 @@ class AsymGQATrainer(SFTTrainer):
     # ---- Logging ----
 
     def _record(self, sums: LossSums, inputs: dict[str, Any]) -> None:
-        seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        seen = inputs["input_ids"].numel()
+        if "attention_mask" in inputs:
+            seen = inputs["attention_mask"].sum()
         counts = torch.stack([sums.statistics.new_tensor(float(seen)), sums.statistics.new_tensor(float(sums.tokens))])
-        # One gather and one copy to the host for all numbers.
-        numbers = self.accelerator.gather(torch.cat([counts, sums.statistics])[None]).sum(0).tolist()
-        seen_by_all, tokens, *statistics = numbers
-        mode = "train" if self.model.training else "eval"
-        self._running_sums[mode].add(tokens, statistics)
-        if mode == "train":
-            self._total_train_tokens += int(seen_by_all) // self._tp_size
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        # One gather over ranks and one copy to the host for all numbers.
+        numbers = self.accelerator.gather(torch.cat([counts, sums.statistics])[None]).sum(0).cpu().double()
+        self._running_sums[self._mode] += numbers[1:]
+        if self._mode == "train":
+            self._total_train_tokens += int(numbers[0]) // self._tp_size
+        self._metrics[self._mode]["num_tokens"] = [self._total_train_tokens]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over tokens since the last log, then log as SFTTrainer does."""
-        mode = "train" if self.model.training else "eval"
-        prefix = "eval_" if mode == "eval" else ""
-        for name, mean in self._running_sums[mode].means().items():
-            logs[prefix + name] = mean
-        self._running_sums[mode] = _RunningSums()
+        prefix = {"train": "", "eval": "eval_"}[self._mode]
+        tokens, *totals = self._running_sums[self._mode].tolist()
+        if tokens > 0:
+            for name, total in zip(STATISTICS, totals, strict=True):
+                logs[prefix + name] = total / tokens
+        self._running_sums[self._mode].zero_()
         super().log(logs, start_time)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
 
     # ---- Optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its groups split so that shared parameters have their own learning rate."""
-        ours = self.optimizer is None
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if ours and self.kv_learning_rate_scale != 1.0:
+        if is_new and self.kv_learning_rate_scale != 1.0:
             split_shared_groups(optimizer, self.model if model is None else model, self.kv_learning_rate_scale)
         return optimizer
 
@@ -231,10 +239,15 @@ def split_shared_groups(optimizer: torch.optim.Optimizer, model: nn.Module, scal
             shared.add(id(parameter))
     found = set()
     for group in list(optimizer.param_groups):
-        moved = [parameter for parameter in group["params"] if id(parameter) in shared]
+        moved, kept = [], []
+        for parameter in group["params"]:
+            if id(parameter) in shared:
+                moved.append(parameter)
+            else:
+                kept.append(parameter)
         found.update(map(id, moved))
         if moved:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in shared]
+            group["params"] = kept
             optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * scale})
     if found != shared:
         raise ValueError(
@@ -373,24 +386,7 @@ def _next_token_rows(values: Tensor, labels: Tensor) -> Tensor:
     return values[:, :-1][(labels != -100).to(values.device)]
 
 
-# ---- Bookkeeping ----
-
-
-@dataclass
-class _RunningSums:
-    """Sums of `STATISTICS` over the tokens since the last log, on the host."""
-
-    tokens: float = 0.0
-    values: tuple[float, ...] = (0.0,) * len(STATISTICS)
-
-    def add(self, tokens: float, values: list[float]) -> None:
-        self.tokens += tokens
-        self.values = tuple(old + new for old, new in zip(self.values, values, strict=True))
-
-    def means(self) -> dict[str, float]:
-        if self.tokens == 0:
-            return {}
-        return {name: value / self.tokens for name, value in zip(STATISTICS, self.values, strict=True)}
+# ---- Helpers ----
 
 
 def _shared_head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

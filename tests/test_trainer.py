@@ -190,7 +190,8 @@ def test_weight_zero_is_sft_to_the_last_bit(tokenizer, tmp_path, accumulation):
         weights.append(model.state_dict())
     assert [entry["loss"] for entry in logs[0]] == [entry["loss"] for entry in logs[1]]
     assert logs[0][0].keys() == logs[1][0].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for name, weight in weights[0].items():
+        assert torch.equal(weights[1][name], weight), name
     assert logs[0][0]["loss"] != logs[0][-1]["loss"]
 
 
@@ -214,10 +215,12 @@ def test_temperature_changes_the_loss():
 
 
 def test_completion_only_matches_reference(tokenizer, tmp_path):
-    pairs = [(doc[:3], doc[3:]) for doc in documents(4, shortest=6)]
-    rows = [{"prompt": tokenizer.decode(p), "completion": " " + tokenizer.decode(c)} for p, c in pairs]
-    docs = [prompt + completion + [tokenizer.eos_token_id] for prompt, completion in pairs]
-    labels = [[-100] * len(prompt) + completion + [tokenizer.eos_token_id] for prompt, completion in pairs]
+    rows, docs, labels = [], [], []
+    for doc in documents(4, shortest=6):
+        prompt, completion = doc[:3], doc[3:]
+        rows.append({"prompt": tokenizer.decode(prompt), "completion": " " + tokenizer.decode(completion)})
+        docs.append([*prompt, *completion, tokenizer.eos_token_id])
+        labels.append([-100] * len(prompt) + [*completion, tokenizer.eos_token_id])
     model = adapted()
     expected, everywhere = reference(model, docs, labels=labels), reference(model, docs)
     trainer = build(model, Dataset.from_list(rows), tokenizer, tmp_path)
@@ -349,8 +352,8 @@ def test_identity_adapter_has_zero_loss_and_gradient(tokenizer, tmp_path):
     loss = first_loss(trainer)
     assert loss.item() == 0.0
     loss.backward()
-    gradients = [p.grad for p in model.parameters() if p.requires_grad]
-    assert all(gradient.abs().max() == 0 for gradient in gradients)
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.abs().max() == 0, name
 
 
 # ---- The chunked function ----
@@ -563,16 +566,21 @@ def test_base_model_mode_restores_everything():
     model.get_parameter(frozen).requires_grad_(False)
     model.base_model.model.model.layers[0].eval()
     ids = torch.tensor([documents(1)[0]])
-    state = [(name, p.requires_grad) for name, p in model.named_parameters()]
-    modes = [module.training for module in model.modules()]
+
+    def flags():
+        return {name: p.requires_grad for name, p in model.named_parameters()}
+
+    def modes():
+        return {name: module.training for name, module in model.named_modules()}
+
+    flags_before, modes_before = flags(), modes()
     student = model(input_ids=ids).logits
     with base_model_mode(model):
         assert not any(module.training for module in model.modules() if not isinstance(module, torch.nn.Linear))
         assert not torch.is_grad_enabled()
-        assert [(name, p.requires_grad) for name, p in model.named_parameters()] == state
+        assert flags() == flags_before
         teacher = model(input_ids=ids).logits
-    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == state
-    assert [module.training for module in model.modules()] == modes
+    assert flags() == flags_before and modes() == modes_before
     assert torch.equal(teacher, llama()(input_ids=ids).logits)
     assert torch.equal(student, model(input_ids=ids).logits) and not torch.equal(student, teacher)
     with pytest.raises(RuntimeError, match="inside"), base_model_mode(model):
@@ -604,8 +612,12 @@ def test_shared_parameters_have_their_own_learning_rate(tokenizer, tmp_path, sca
     )
     groups = trainer.create_optimizer().param_groups
     decayed = set(trainer.get_decay_parameter_names(model))
-    placed = {id(p): group for group in groups for p in group["params"]}
-    assert len(placed) == sum(len(group["params"]) for group in groups)
+    placed, count = {}, 0
+    for group in groups:
+        count += len(group["params"])
+        for parameter in group["params"]:
+            placed[id(parameter)] = group
+    assert len(placed) == count  # no parameter twice
     shared_seen = 0
     for name, parameter in model.named_parameters():
         assert (id(parameter) in placed) == parameter.requires_grad
@@ -666,7 +678,7 @@ def test_four_bit_base_trains_float32_shared_parameters(tokenizer, tmp_path):
     before = shared_parameters(model)
     logs = train(build(model, token_dataset(documents(16)), tokenizer, tmp_path, learning_rate=1e-4))
     assert all(0 < entry["distillation_loss"] < 10 for entry in logs)
-    assert model.get_parameter(next(n for n, _ in model.named_parameters() if "lora_A" in n)).dtype == torch.bfloat16
+    assert {p.dtype for name, p in model.named_parameters() if "lora_A" in name} == {torch.bfloat16}
     for name, values in before.items():
         parameter = model.get_parameter(name)
         assert parameter.dtype == torch.float32
@@ -699,7 +711,7 @@ def test_bf16_autocast_is_close_to_float32(tokenizer, tmp_path):
 
 def test_logs_are_means_over_tokens(tokenizer, tmp_path):
     docs, model = documents(8, shortest=3, longest=30), adapted()
-    divergence, cross_entropy = (reference(model, docs, weight) for weight in (1.0, 0.0))
+    divergence, cross_entropy = reference(model, docs, 1.0), reference(model, docs, 0.0)
     trainer = build(
         model,
         token_dataset(docs),
@@ -723,7 +735,8 @@ def test_logs_are_means_over_tokens(tokenizer, tmp_path):
 def test_evaluation(tokenizer, tmp_path, with_logits):
     docs, model = documents(6), adapted()
     # Before the trainer: a deep copy of the model it patches would call the original.
-    expected, divergence, cross_entropy = (reference(model, docs, *arm) for arm in ((0.5, 2.0), (1.0, 2.0), (0.0,)))
+    expected = reference(model, docs, 0.5, 2.0)
+    divergence, cross_entropy = reference(model, docs, 1.0, 2.0), reference(model, docs, 0.0)
     extra = {"distillation_weight": 0.5, "temperature": 2.0, "eval_dataset": token_dataset(docs)}
     if with_logits:
         extra["compute_metrics"] = lambda prediction: {"width": prediction.predictions.shape[-1]}
@@ -735,8 +748,8 @@ def test_evaluation(tokenizer, tmp_path, with_logits):
     assert metrics["eval_distillation_loss"] == pytest.approx(divergence, rel=1e-4)
     assert metrics["eval_sft_loss"] == pytest.approx(cross_entropy, rel=1e-5)
     assert metrics.get("eval_width", VOCABULARY) == VOCABULARY
-    in_training = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert in_training[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    in_training = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert in_training["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 # ---- Arguments ----
