@@ -83,7 +83,10 @@ def small(base: Path, dataset: Path, output: Path, **changes) -> list[str]:
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return [word for name, value in (options | changes).items() for word in (f"--{name}", str(value))]
+    words = []
+    for name, value in (options | changes).items():
+        words += [f"--{name}", str(value)]
+    return words
 
 
 def run(script: str, *arguments: str) -> str:

@@ -76,7 +76,7 @@ def forbidden(*args, **kwargs):
 
 def test_killed_at_a_random_step(inputs, whole, tmp_path):
     """Also before the first checkpoint: the resumed run then starts anew."""
-    seed = int.from_bytes(os.urandom(2))
+    seed = int(os.environ.get("KILL_SEED", "1"))  # another seed: another step
     step = random.Random(seed).randint(1, STEPS - 4)
     print(f"seed {seed}: killed after step {step}")
     command = small(*inputs, tmp_path / "out", **OPTIONS)

@@ -17,13 +17,15 @@ from transformers import (
     Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedTokenizerFast,
 )
 from trl import SFTConfig, SFTTrainer
 
-from asymgqa_peft import AsymGQAConfig, AsymGQATrainer
-from asymgqa_peft import trainer as trainer_module
-from asymgqa_peft.trainer import Head, base_model_mode, distillation_loss
+from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, distillation
+from asymgqa_peft.distillation import OutputLayer, distillation_loss
+from asymgqa_peft.trainer import base_model_mode
 
 # TRL 1.16 and PEFT 0.21 still use the names that transformers 5.23 renames to activation_checkpointing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -66,9 +68,17 @@ def llama(**changes):
 
 def gemma2():
     torch.manual_seed(0)
-    # A tight cap and large weights, so that a head without the cap would give other logits.
+    # A tight softcap and large weights, so that logits without it would be others.
     config = Gemma2Config(**{**TINY, "initializer_range": 0.5}, sliding_window=16, final_logit_softcapping=2.0)
     return Gemma2ForCausalLM(config)
+
+
+def phi():
+    """An output layer with a bias that is not zero."""
+    torch.manual_seed(0)
+    base = PhiForCausalLM(PhiConfig(**TINY, partial_rotary_factor=0.5))
+    torch.nn.init.normal_(base.lm_head.bias)
+    return base
 
 
 def adapted(base=None, perturb=True, **changes):
@@ -112,7 +122,7 @@ def build(model, dataset, tokenizer, path, trainer_class=AsymGQATrainer, trainer
     )
     return trainer_class(
         model=model,
-        args=SFTConfig(**{**defaults, **options}),
+        args=SFTConfig(**defaults | options),
         train_dataset=dataset,
         processing_class=tokenizer,
         **(trainer_options or {}),
@@ -120,8 +130,18 @@ def build(model, dataset, tokenizer, path, trainer_class=AsymGQATrainer, trainer
 
 
 def train(trainer):
+    """Train; the log entries of training steps."""
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def train_losses(trainer):
+    return [entry["loss"] for entry in train(trainer)]
+
+
+def shared_parameters(model):
+    """Copies of the parameters of shared K/V heads, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if SHARED.search(name)}
 
 
 def first_loss(trainer, **arguments):
@@ -129,16 +149,15 @@ def first_loss(trainer, **arguments):
     return trainer.compute_loss(trainer.model, batch, **arguments)
 
 
-def reference(model, docs, weight=1.0, temperature=1.0, labels=None):
-    """Mean loss in float64 from full logits, one unpadded document at a time."""
-    model = copy.deepcopy(model).double().eval()
+def loss_from_full_logits(model, docs, weight, temperature, labels=None):
+    """Mean loss over tokens, in float64 from the model's own logits, one unpadded document at a time."""
     total, count = 0.0, 0
     for doc, targets in zip(docs, labels or docs, strict=True):
         ids = torch.tensor([doc])
         with torch.no_grad():
-            student = model(input_ids=ids).logits[0, :-1]
+            student = model(input_ids=ids).logits[0, :-1].double()
             with model.disable_adapter():
-                teacher = model(input_ids=ids).logits[0, :-1]
+                teacher = model(input_ids=ids).logits[0, :-1].double()
         for position, target in enumerate(targets[1:]):
             if target == -100:
                 continue
@@ -149,6 +168,11 @@ def reference(model, docs, weight=1.0, temperature=1.0, labels=None):
             total += (1 - weight) * cross_entropy + weight * temperature**2 * divergence
             count += 1
     return float(total / count)
+
+
+def reference(model, docs, weight=1.0, temperature=1.0, labels=None):
+    """The same of a float64 copy of the model."""
+    return loss_from_full_logits(copy.deepcopy(model).double().eval(), docs, weight, temperature, labels)
 
 
 # ---- Weight 0: SFTTrainer ----
@@ -166,7 +190,8 @@ def test_weight_zero_is_sft_to_the_last_bit(tokenizer, tmp_path, accumulation):
         weights.append(model.state_dict())
     assert [entry["loss"] for entry in logs[0]] == [entry["loss"] for entry in logs[1]]
     assert logs[0][0].keys() == logs[1][0].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for name, weight in weights[0].items():
+        assert torch.equal(weights[1][name], weight), name
     assert logs[0][0]["loss"] != logs[0][-1]["loss"]
 
 
@@ -190,10 +215,12 @@ def test_temperature_changes_the_loss():
 
 
 def test_completion_only_matches_reference(tokenizer, tmp_path):
-    pairs = [(doc[:3], doc[3:]) for doc in documents(4, shortest=6)]
-    rows = [{"prompt": tokenizer.decode(p), "completion": " " + tokenizer.decode(c)} for p, c in pairs]
-    docs = [prompt + completion + [tokenizer.eos_token_id] for prompt, completion in pairs]
-    labels = [[-100] * len(prompt) + completion + [tokenizer.eos_token_id] for prompt, completion in pairs]
+    rows, docs, labels = [], [], []
+    for doc in documents(4, shortest=6):
+        prompt, completion = doc[:3], doc[3:]
+        rows.append({"prompt": tokenizer.decode(prompt), "completion": " " + tokenizer.decode(completion)})
+        docs.append([*prompt, *completion, tokenizer.eos_token_id])
+        labels.append([-100] * len(prompt) + [*completion, tokenizer.eos_token_id])
     model = adapted()
     expected, everywhere = reference(model, docs, labels=labels), reference(model, docs)
     trainer = build(model, Dataset.from_list(rows), tokenizer, tmp_path)
@@ -216,13 +243,49 @@ def test_softcapped_logits_match_reference(tokenizer, tmp_path):
     expected = reference(model, docs, 0.5)
     trainer = build(model, token_dataset(docs), tokenizer, tmp_path, trainer_options={"distillation_weight": 0.5})
     assert first_loss(trainer).item() == pytest.approx(expected, rel=1e-5)
-    assert trainer._head_is_plain
     uncapped = copy.deepcopy(model)
     uncapped.config.final_logit_softcapping = None
     assert reference(uncapped, docs, 0.5) != pytest.approx(expected, rel=1e-2)
 
 
-def test_teacher_uses_the_base_head(tokenizer, tmp_path):
+def test_output_layer_with_a_bias_matches_reference(tokenizer, tmp_path):
+    docs, model = documents(4), adapted(phi())
+    expected = reference(model, docs, 0.5)
+    trainer = build(model, token_dataset(docs), tokenizer, tmp_path, trainer_options={"distillation_weight": 0.5})
+    assert first_loss(trainer).item() == pytest.approx(expected, rel=1e-5)
+    model.get_output_embeddings().bias.data.zero_()
+    assert reference(model, docs, 0.5) != pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*")
+def test_quantised_output_layer_matches_its_own_logits(tokenizer, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    llama(hidden_size=64, head_dim=16).save_pretrained(tmp_path)
+    options = {4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}, 8: {"load_in_8bit": True}}
+    everything = BitsAndBytesConfig(**options[bits], llm_int8_skip_modules=["nothing"])  # by default, not lm_head
+    base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=everything, device_map="cpu")
+    docs, model = documents(4), adapted(base)
+    extra = {"distillation_weight": 0.5, "temperature": 2.0}
+    trainer = build(model, token_dataset(docs), tokenizer, tmp_path, trainer_options=extra)
+    assert not model.get_output_embeddings().weight.is_floating_point()
+    # In training mode, because bitsandbytes repacks weights for inference on a CPU; there is no dropout.
+    expected = loss_from_full_logits(model.train(), docs, 0.5, 2.0)
+    for _ in range(2):  # the first batch, which checks the output layer, and one after it
+        assert first_loss(trainer).item() == pytest.approx(expected, rel=1e-3 if bits == 8 else 1e-5)
+
+
+@pytest.mark.parametrize("make, options", [(llama, {}), (llama, {"bf16": True}), (gemma2, {})])
+def test_the_output_layer_never_sees_more_than_the_last_position(tokenizer, tmp_path, make, options):
+    model = adapted(make())
+    trainer = build(model, token_dataset(documents(16)), tokenizer, tmp_path, **options)
+    lengths = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, logits: lengths.append(logits.shape[1]))
+    train(trainer)
+    assert lengths == [1] * 6  # teacher and student, three steps
+
+
+def test_teacher_uses_the_base_output_layer(tokenizer, tmp_path):
     docs, model = documents(4), adapted(modules_to_save=["lm_head"])
     model.get_output_embeddings().modules_to_save["default"].weight.data *= 1.3
     expected = reference(model, docs)
@@ -230,9 +293,9 @@ def test_teacher_uses_the_base_head(tokenizer, tmp_path):
     loss = first_loss(trainer)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
-    head = model.get_output_embeddings()
-    assert head.modules_to_save["default"].weight.grad.abs().sum() > 0
-    assert head.original_module.weight.grad is None
+    output_layer = model.get_output_embeddings()
+    assert output_layer.modules_to_save["default"].weight.grad.abs().sum() > 0
+    assert output_layer.original_module.weight.grad is None
 
 
 class ScaledLlama(LlamaForCausalLM):
@@ -244,8 +307,8 @@ class ScaledLlama(LlamaForCausalLM):
         return outputs
 
 
-class WrappedHead(torch.nn.Module):
-    """A head that is not a linear layer."""
+class WrappedLayer(torch.nn.Module):
+    """An output layer that is not a linear layer."""
 
     def __init__(self, linear):
         super().__init__()
@@ -255,22 +318,32 @@ class WrappedHead(torch.nn.Module):
         return self.linear(hidden)
 
 
-def model_with_wrapped_head():
+def model_with_scaled_logits():
+    return adapted(ScaledLlama(LlamaConfig(**TINY)))
+
+
+def model_with_wrapped_output_layer():
     model = adapted()
-    model.base_model.model.lm_head = WrappedHead(model.base_model.model.lm_head)
+    model.base_model.model.lm_head = WrappedLayer(model.base_model.model.lm_head)
     return model
 
 
-@pytest.mark.parametrize("make", [lambda: adapted(ScaledLlama(LlamaConfig(**TINY))), model_with_wrapped_head])
-def test_head_that_does_not_explain_the_logits_falls_back(tokenizer, tmp_path, make):
-    docs, model = documents(4), make()
-    expected = reference(model, docs, 0.5, 2.0)
-    extra = {"distillation_weight": 0.5, "temperature": 2.0}
-    trainer = build(model, token_dataset(docs), tokenizer, tmp_path, trainer_options=extra)
-    with pytest.warns(UserWarning, match="computed whole"):
-        loss = first_loss(trainer)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert first_loss(trainer).item() == loss.item()
+@pytest.mark.parametrize(
+    "make, found",
+    [
+        (model_with_scaled_logits, "Linear, but its weight, bias and softcap do not reproduce.*by up to .*where"),
+        (model_with_wrapped_output_layer, "WrappedLayer, but it is not a linear layer"),
+    ],
+)
+def test_output_layer_that_does_not_explain_the_logits_is_refused(tokenizer, tmp_path, make, found):
+    model = make()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = build(model, token_dataset(documents(16)), tokenizer, tmp_path)
+    with pytest.raises(ValueError, match=f"{found}.*distillation_weight=0, or .*plain linear layer"):
+        trainer.train()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert trainer.state.global_step == 0
 
 
 def test_identity_adapter_has_zero_loss_and_gradient(tokenizer, tmp_path):
@@ -279,8 +352,8 @@ def test_identity_adapter_has_zero_loss_and_gradient(tokenizer, tmp_path):
     loss = first_loss(trainer)
     assert loss.item() == 0.0
     loss.backward()
-    gradients = [p.grad for p in model.parameters() if p.requires_grad]
-    assert all(gradient.abs().max() == 0 for gradient in gradients)
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.abs().max() == 0, name
 
 
 # ---- The chunked function ----
@@ -304,28 +377,37 @@ def chunk_case(bias):
 
 
 def chunked(case, softcap, rows):
-    leaves = [None if x is None else x.clone().requires_grad_() for x in (case["student"], case["student_weight"])]
-    bias = None if case["bias"] is None else case["bias"].clone().requires_grad_()
+    """Loss, sums and gradients of student, weight and bias, by `distillation_loss`."""
+    student, weight = case["student"].clone().requires_grad_(), case["student_weight"].clone().requires_grad_()
+    leaves = [student, weight]
+    bias = None
+    if case["bias"] is not None:
+        bias = case["bias"].clone().requires_grad_()
+        leaves.append(bias)
     loss, sums = distillation_loss(
-        leaves[0],
+        student,
         case["teacher"],
         case["labels"],
-        student_head=Head(leaves[1], bias, softcap),
-        teacher_head=Head(case["teacher_weight"], case["teacher_bias"], softcap),
+        student_layer=OutputLayer(weight, bias, softcap),
+        teacher_layer=OutputLayer(case["teacher_weight"], case["teacher_bias"], softcap),
         weight=0.7,
         temperature=1.7,
         chunk_bytes=4 * 37 * rows,
     )
     (3 * loss).backward()
-    return loss, sums, [x.grad for x in (*leaves, bias) if x is not None]
+    return loss, sums, [leaf.grad for leaf in leaves]
 
 
 def full(case, softcap):
-    leaves = [case[name].double().requires_grad_() for name in ("student", "student_weight")]
-    bias = 0 if case["bias"] is None else case["bias"].double().requires_grad_()
-    teacher_bias = 0 if case["teacher_bias"] is None else case["teacher_bias"].double()
-    s = leaves[0] @ leaves[1].T + bias
-    t = case["teacher"].double() @ case["teacher_weight"].double().T + teacher_bias
+    """The same in float64, from all logits at once."""
+    student, weight = case["student"].double().requires_grad_(), case["student_weight"].double().requires_grad_()
+    leaves = [student, weight]
+    s = student @ weight.T
+    t = case["teacher"].double() @ case["teacher_weight"].double().T
+    if case["bias"] is not None:
+        bias = case["bias"].double().requires_grad_()
+        leaves.append(bias)
+        s, t = s + bias, t + case["teacher_bias"].double()
     if softcap is not None:
         s, t = softcap * torch.tanh(s / softcap), softcap * torch.tanh(t / softcap)
     ce = F.cross_entropy(s, case["labels"], reduction="sum")
@@ -334,7 +416,7 @@ def full(case, softcap):
     (3 * loss).backward()
     q = s.softmax(-1)
     sums = [1.7**2 * kl, ce, -(q * q.log()).sum(), (s.argmax(-1) == case["labels"]).sum()]
-    return loss, sums, [x.grad for x in (*leaves, bias) if torch.is_tensor(x)]
+    return loss, sums, [leaf.grad for leaf in leaves]
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -351,10 +433,12 @@ def test_chunks_equal_the_full_computation(rows, bias, softcap):
 
 
 def test_bfloat16_error_is_no_worse_than_torch():
-    case = {name: x if name == "labels" or x is None else x.bfloat16() for name, x in chunk_case(False).items()}
+    case = chunk_case(False)
+    for name in ("student", "teacher", "student_weight", "teacher_weight"):
+        case[name] = case[name].bfloat16()
     expected = full(case, None)[0].item()
-    logits = [(case[f].float() @ case[f"{f}_weight"].float().T).bfloat16() for f in ("student", "teacher")]
-    s, t = (x.float() for x in logits)
+    s = (case["student"].float() @ case["student_weight"].float().T).bfloat16().float()
+    t = (case["teacher"].float() @ case["teacher_weight"].float().T).bfloat16().float()
     ce = F.cross_entropy(s, case["labels"], reduction="sum")
     kl = F.kl_div((s / 1.7).log_softmax(-1), (t / 1.7).log_softmax(-1), log_target=True, reduction="sum")
     plain = (0.3 * ce + 0.7 * 1.7**2 * kl).item()
@@ -366,7 +450,7 @@ def test_padded_chunks_change_nothing(monkeypatch, softcap):
     case = chunk_case(True)
     expected = chunked(case, softcap, 7)
     # What CUDA does, without compiling.
-    monkeypatch.setattr(trainer_module, "_terms_for", lambda device: (trainer_module._chunk_terms, True))
+    monkeypatch.setattr(distillation, "chunk_terms_for", lambda device: (distillation.chunk_terms, True))
     padded = chunked(case, softcap, 7)
     torch.testing.assert_close(padded[0], expected[0])
     torch.testing.assert_close(padded[1].statistics, expected[1].statistics)
@@ -386,7 +470,7 @@ def test_chunk_size_does_not_change_training(tokenizer, tmp_path):
     for rows in (3, 10_000):
         trainer = build(adapted(), token_dataset(documents(16)), tokenizer, tmp_path)
         trainer.chunk_bytes = 4 * VOCABULARY * rows
-        losses.append([entry["loss"] for entry in train(trainer)])
+        losses.append(train_losses(trainer))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -427,7 +511,7 @@ def test_checkpointing_gives_the_same_losses(tokenizer, tmp_path, reentrant):
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     for options in ({}, checkpointing):
         trainer = build(adapted(), token_dataset(documents(16)), tokenizer, tmp_path, **options)
-        losses.append([entry["loss"] for entry in train(trainer)])
+        losses.append(train_losses(trainer))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][0] != pytest.approx(losses[0][-1], rel=1e-2)
 
@@ -482,16 +566,21 @@ def test_base_model_mode_restores_everything():
     model.get_parameter(frozen).requires_grad_(False)
     model.base_model.model.model.layers[0].eval()
     ids = torch.tensor([documents(1)[0]])
-    state = [(name, p.requires_grad) for name, p in model.named_parameters()]
-    modes = [module.training for module in model.modules()]
+
+    def flags():
+        return {name: p.requires_grad for name, p in model.named_parameters()}
+
+    def modes():
+        return {name: module.training for name, module in model.named_modules()}
+
+    flags_before, modes_before = flags(), modes()
     student = model(input_ids=ids).logits
     with base_model_mode(model):
         assert not any(module.training for module in model.modules() if not isinstance(module, torch.nn.Linear))
         assert not torch.is_grad_enabled()
-        assert [(name, p.requires_grad) for name, p in model.named_parameters()] == state
+        assert flags() == flags_before
         teacher = model(input_ids=ids).logits
-    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == state
-    assert [module.training for module in model.modules()] == modes
+    assert flags() == flags_before and modes() == modes_before
     assert torch.equal(teacher, llama()(input_ids=ids).logits)
     assert torch.equal(student, model(input_ids=ids).logits) and not torch.equal(student, teacher)
     with pytest.raises(RuntimeError, match="inside"), base_model_mode(model):
@@ -523,8 +612,12 @@ def test_shared_parameters_have_their_own_learning_rate(tokenizer, tmp_path, sca
     )
     groups = trainer.create_optimizer().param_groups
     decayed = set(trainer.get_decay_parameter_names(model))
-    placed = {id(p): group for group in groups for p in group["params"]}
-    assert len(placed) == sum(len(group["params"]) for group in groups)
+    placed, count = {}, 0
+    for group in groups:
+        count += len(group["params"])
+        for parameter in group["params"]:
+            placed[id(parameter)] = group
+    assert len(placed) == count  # no parameter twice
     shared_seen = 0
     for name, parameter in model.named_parameters():
         assert (id(parameter) in placed) == parameter.requires_grad
@@ -566,7 +659,7 @@ def test_optimizer_that_is_passed_in_is_left_alone(tokenizer, tmp_path):
 def test_shared_parameters_stay_float32_on_a_quantised_base(tokenizer, tmp_path):
     model = adapted()
     model.is_loaded_in_4bit = True  # what makes SFTTrainer cast; the base itself need not be quantised for that
-    exact = {name: p.detach().clone() for name, p in model.named_parameters() if SHARED.search(name)}
+    exact = shared_parameters(model)
     assert any(not torch.equal(x, x.bfloat16().float()) for x in exact.values())
     trainer = build(model, token_dataset(documents(16)), tokenizer, tmp_path)
     parameters = dict(model.named_parameters())
@@ -582,10 +675,10 @@ def test_four_bit_base_trains_float32_shared_parameters(tokenizer, tmp_path):
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization, device_map="cpu")
     model = adapted(base)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if SHARED.search(name)}
+    before = shared_parameters(model)
     logs = train(build(model, token_dataset(documents(16)), tokenizer, tmp_path, learning_rate=1e-4))
     assert all(0 < entry["distillation_loss"] < 10 for entry in logs)
-    assert model.get_parameter(next(n for n, _ in model.named_parameters() if "lora_A" in n)).dtype == torch.bfloat16
+    assert {p.dtype for name, p in model.named_parameters() if "lora_A" in name} == {torch.bfloat16}
     for name, values in before.items():
         parameter = model.get_parameter(name)
         assert parameter.dtype == torch.float32
@@ -595,7 +688,7 @@ def test_four_bit_base_trains_float32_shared_parameters(tokenizer, tmp_path):
 def test_bfloat16_base_trains_float32_shared_parameters(tokenizer, tmp_path):
     model = adapted(llama().bfloat16())
     trainer = build(model, token_dataset(documents(16)), tokenizer, tmp_path, max_steps=4, learning_rate=1e-4)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_kv" in name}
+    before = shared_parameters(model)
     logs = train(trainer)
     assert all(0 < entry["loss"] < 10 for entry in logs)
     for name, values in before.items():
@@ -608,8 +701,7 @@ def test_bf16_autocast_is_close_to_float32(tokenizer, tmp_path):
     losses = []
     for bf16 in (False, True):
         trainer = build(adapted(), token_dataset(documents(16)), tokenizer, tmp_path, bf16=bf16)
-        losses.append([entry["loss"] for entry in train(trainer)])
-        assert trainer._head_is_plain
+        losses.append(train_losses(trainer))
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
     assert losses[0] != losses[1]
 
@@ -619,7 +711,7 @@ def test_bf16_autocast_is_close_to_float32(tokenizer, tmp_path):
 
 def test_logs_are_means_over_tokens(tokenizer, tmp_path):
     docs, model = documents(8, shortest=3, longest=30), adapted()
-    divergence, cross_entropy = (reference(model, docs, weight) for weight in (1.0, 0.0))
+    divergence, cross_entropy = reference(model, docs, 1.0), reference(model, docs, 0.0)
     trainer = build(
         model,
         token_dataset(docs),
@@ -643,7 +735,8 @@ def test_logs_are_means_over_tokens(tokenizer, tmp_path):
 def test_evaluation(tokenizer, tmp_path, with_logits):
     docs, model = documents(6), adapted()
     # Before the trainer: a deep copy of the model it patches would call the original.
-    expected, divergence, cross_entropy = (reference(model, docs, *arm) for arm in ((0.5, 2.0), (1.0, 2.0), (0.0,)))
+    expected = reference(model, docs, 0.5, 2.0)
+    divergence, cross_entropy = reference(model, docs, 1.0, 2.0), reference(model, docs, 0.0)
     extra = {"distillation_weight": 0.5, "temperature": 2.0, "eval_dataset": token_dataset(docs)}
     if with_logits:
         extra["compute_metrics"] = lambda prediction: {"width": prediction.predictions.shape[-1]}
@@ -655,8 +748,8 @@ def test_evaluation(tokenizer, tmp_path, with_logits):
     assert metrics["eval_distillation_loss"] == pytest.approx(divergence, rel=1e-4)
     assert metrics["eval_sft_loss"] == pytest.approx(cross_entropy, rel=1e-5)
     assert metrics.get("eval_width", VOCABULARY) == VOCABULARY
-    in_training = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert in_training[0]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    in_training = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert in_training["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 # ---- Arguments ----
