@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -69,11 +70,27 @@ class AsymGQAConfig(LoraConfig):
         default=True,
         metadata={"help": "Start o_proj's LoRA from a least-squares fit of the original attention output."},
     )
+    head_dim: int | None = field(
+        default=None,
+        metadata={
+            "help": "W: dimensions of a shared head; None for the base's. The cache holds num_key_value_heads * "
+            "head_dim numbers for K and for V: fewer, wider heads keep more in the same bytes, at the price of wider "
+            "q_proj and o_proj. Needs merge='principal'."
+        },
+    )
     head_groups: list[list[list[int]]] | None = field(
         default=None,
         metadata={
             "help": "Groups of base KV heads, per layer, to wrap with; None for neighbours or random ones. "
-            "initialize_asymgqa_weights keeps them if grouping is 'neighbour' or 'random'; else it writes its own."
+            "initialize_asymgqa_weights keeps them if grouping is 'neighbour' or 'random'; else it writes its own. "
+            "They are saved with the weights, and loading an adapter brings its groups along."
+        },
+    )
+    initialized: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether initialize_asymgqa_weights has chosen the groups and heads; False while they are the "
+            "means that a wrap starts with. Written by the adapter, None where it cannot know."
         },
     )
     r: int = field(default=64, metadata={"help": "LoRA rank; a higher one keeps more of the output refit."})
@@ -83,6 +100,7 @@ class AsymGQAConfig(LoraConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.ASYM_GQA
+        self._has_warned = False
         if self.target_modules is None:
             self.target_modules = "all-linear"
         self._check_counts()
@@ -90,6 +108,28 @@ class AsymGQAConfig(LoraConfig):
         self._check_lora()
         if self.head_groups is not None:
             self._check_head_groups()
+
+    @property
+    def promises_initialization(self) -> bool:
+        """Whether grouping or merge ask for what only `initialize_asymgqa_weights` can do."""
+        return self.grouping in ("symmetric", "asymmetric") or self.merge != "mean"
+
+    def warn_if_uninitialized(self) -> None:
+        """Warn, once, if the heads are still the start without data, though the configuration asks for more."""
+        if self.initialized is not False or not self.promises_initialization or self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"The adapter's heads are means of neighbours or of the given groups: grouping={self.grouping!r} and "
+            f"merge={self.merge!r} need initialize_asymgqa_weights(model, batches), which has not run. Run it first, "
+            'or ask for what there is: grouping="neighbour", merge="mean".',
+            stacklevel=3,
+        )
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Save the configuration as PEFT does; `initialized` says whether its promises were kept."""
+        self.warn_if_uninitialized()
+        super().save_pretrained(save_directory, **kwargs)
 
     def _check_counts(self) -> None:
         if not _is_int(self.num_key_value_heads) or self.num_key_value_heads < 1:
@@ -99,8 +139,12 @@ class AsymGQAConfig(LoraConfig):
             )
         if self.max_group_size is not None and (not _is_int(self.max_group_size) or self.max_group_size < 1):
             raise ValueError(f"max_group_size={self.max_group_size!r} must be an int >= 1, or None for the default.")
+        if self.head_dim is not None and (not _is_int(self.head_dim) or self.head_dim < 1):
+            raise ValueError(f"head_dim={self.head_dim!r} must be an int >= 1, or None for the base's.")
         if not _is_int(self.seed):
             raise ValueError(f"seed={self.seed!r} must be an int.")
+        if self.initialized not in (None, True, False):
+            raise ValueError(f"initialized={self.initialized!r} must be True, False or None; leave it to the adapter.")
         if not isinstance(self.refit_output, bool):
             raise ValueError(f"refit_output={self.refit_output!r} must be True or False.")
 

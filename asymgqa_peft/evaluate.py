@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
-from .adapter.layer import SharedProjection
 from .adapter.site import attention_sites, evaluating
 from .families import head_shape
 
@@ -105,9 +104,11 @@ def kv_cache_bytes_per_token(config_or_model: PretrainedConfig | nn.Module, dtyp
         shape = head_shape(config_or_model)
         heads = config_or_model.num_hidden_layers * shape.base_kv_heads
     else:
-        sites = attention_sites(config_or_model)
-        shape = sites[0].shape
-        heads = sum(_stored_heads(site.key, shape.base_kv_heads) for site in sites)
+        numbers = 0
+        for site in attention_sites(config_or_model):
+            heads, head_dim = site.cached_heads()
+            numbers += heads * head_dim
+        return 2 * numbers * dtype.itemsize
     return 2 * heads * shape.head_dim * dtype.itemsize
 
 
@@ -195,11 +196,6 @@ def _counted(count: int) -> int:
     if count == 0:
         raise ValueError("batches hold no token to predict: give sequences of at least two attended tokens.")
     return count
-
-
-def _stored_heads(key: nn.Module, base_kv_heads: int) -> int:
-    name = key.active() if isinstance(key, SharedProjection) else None
-    return base_kv_heads if name is None else key.lora_slots[name].layout.kv_heads
 
 
 def _greedy(logits: Tensor) -> Tensor:

@@ -6,24 +6,36 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from .heads import HeadShape
 
 
 @dataclass(frozen=True)
-class PaddedClass:
-    """Another stock class that holds the same weights with any number of slots.
+class StandIn:
+    """Another stock class that holds the same weights with heads that the base's own class cannot have.
 
     Attributes:
         model_type: its model type in transformers.
         needs: values that the source configuration must have for the classes to compute the same.
         sets: values that the other configuration then gets.
+        splits: projections of the source that the other class has in equal parts, by the ends of their names.
+        unfuses: whether the other class has q, k and v apart where the source has them fused.
     """
 
     model_type: str
     needs: dict[str, object]
-    sets: dict[str, object]
+    sets: dict[str, object] = field(default_factory=dict)
+    splits: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unfuses: bool = False
+
+    def can_replace(self, config: PretrainedConfig) -> bool:
+        """Whether the classes compute the same under this configuration."""
+        rope = getattr(config, "rope_parameters", None) or {}
+        found = {name: rope.get(name, getattr(config, name, value)) for name, value in self.needs.items()}
+        return found == self.needs
 
 
 # Named functions: tuner layers hold their family, and pickle refuses anonymous ones.
@@ -69,16 +81,18 @@ class Family:
         fused_qkv: name of one projection that holds q, k and v, instead of the three; ``fused_layout`` says how:
             "blocks" is all of q, then k, then v; "heads" is q, k, v of head 0, then of head 1, ...
         query_norm, key_norm: RMS norms that span all heads (OLMo-2); norms within a head need no entry.
-        head_counts: attributes of the attention module that hold head counts, and what each must hold: "slots",
-            "kv_heads" or "slots_per_kv".
+        geometry: attributes of the attention module that say what heads it is to see, and which figure each holds:
+            "slots", "kv_heads", "slots_per_kv", "head_dim" or "rotary_dim".
         config_heads: whether its forward reads ``self.config.num_attention_heads``.
         plain_residual: whether o_proj's output is added to the residual stream as it is, not normalised before.
         rotary: whether keys carry RoPE.
         grouped: whether config and forward know a number of KV heads. If not, the shared K/V heads are repeated to
             all heads, in the adapter and in the plain checkpoint: K/V parameters are shared, the cache is not smaller.
+        scale_in_config: whether the configuration says what scores are divided by, whatever the head dimension.
         explicit_head_dim: whether the configuration lets head_dim differ from hidden_size / num_attention_heads.
         rope_fields: entries of ``rope_parameters`` -> what transformers 4 called them, at the top of config.json.
-        padded_as: the class that holds padded slots in its stead.
+        padded_as: the class that holds padded slots in its stead, and wide heads.
+        wide_as: the class that holds wide heads in its stead; default is `padded_as`.
         refuse: config -> technical reason and remedy, or None.
         constrained: config -> whether a norm or clamp stands between k_proj and the attention.
         clamped: config -> whether a clamp stands between v_proj and the attention.
@@ -93,16 +107,20 @@ class Family:
     fused_layout: Literal["blocks", "heads"] = "blocks"
     query_norm: str | None = None
     key_norm: str | None = None
-    head_counts: dict[str, str] = field(default_factory=lambda: {"num_key_value_groups": "slots_per_kv"})
+    geometry: dict[str, str] = field(
+        default_factory=lambda: {"num_key_value_groups": "slots_per_kv", "head_dim": "head_dim"}
+    )
     config_heads: bool = False
     plain_residual: bool = True
     rotary: bool = True
     grouped: bool = True
+    scale_in_config: bool = False
     explicit_head_dim: bool = True
     rope_fields: dict[str, str] = field(
         default_factory=lambda: {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
     )
-    padded_as: PaddedClass | None = None
+    padded_as: StandIn | None = None
+    wide_as: StandIn | None = None
     refuse: Callable[[PretrainedConfig], str | None] = _never
     constrained: Callable[[PretrainedConfig], bool] = _never
     clamped: Callable[[PretrainedConfig], bool] = _never
@@ -117,23 +135,37 @@ class Family:
         """Module whose output is the attention's query."""
         return self.query_norm or self.query
 
+    def split_fused(self, heads: Tensor, shape: HeadShape, dim: int = 0) -> tuple[Tensor, ...]:
+        """Heads of a fused projection along the axis `dim` >= 0 -> H of q, K of k, K of v."""
+        if self.fused_layout == "heads":
+            return heads.unflatten(dim, (shape.num_attention_heads, 3)).unbind(dim + 1)
+        return heads.split([shape.num_attention_heads, shape.base_kv_heads, shape.base_kv_heads], dim)
+
+    def join_fused(self, query: Tensor, key: Tensor, value: Tensor, dim: int = 0) -> Tensor:
+        """Heads of q, k and v along the axis `dim` >= 0 -> those of the fused projection."""
+        if self.fused_layout == "heads":
+            return torch.stack((query, key, value), dim + 1).flatten(dim, dim + 1)
+        return torch.cat((query, key, value), dim)
+
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         # LlamaConfig wants hidden_size % num_attention_heads == 0; and more engines honour Mistral's head_dim.
-        padded_as=PaddedClass("mistral", {"attention_bias": False, "mlp_bias": False}, {"sliding_window": None}),
+        padded_as=StandIn("mistral", {"attention_bias": False, "mlp_bias": False}, {"sliding_window": None}),
     ),
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(constrained=_always),
     "gemma": Family(),
-    "gemma2": Family(
-        plain_residual=False,
+    "gemma2": Family(plain_residual=False, scale_in_config=True),
+    "gemma3_text": Family(plain_residual=False, scale_in_config=True, constrained=_always),
+    "phi": Family(
+        output="dense",
+        geometry={"num_key_value_groups": "slots_per_kv", "head_dim": "head_dim", "rotary_ndims": "rotary_dim"},
+        refuse=_phi_refusal,
     ),
-    "gemma3_text": Family(plain_residual=False, constrained=_always),
-    "phi": Family(output="dense", refuse=_phi_refusal),
     "stablelm": Family(
-        head_counts={
+        geometry={
             "num_heads": "slots",
             "num_key_value_heads": "kv_heads",
             "num_key_value_groups": "slots_per_kv",
@@ -145,16 +177,27 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(plain_residual=False, query_norm="q_norm", key_norm="k_norm", constrained=_always),
     "phi3": Family(
         fused_qkv="qkv_proj",
-        head_counts={"num_key_value_heads": "kv_heads", "num_key_value_groups": "slots_per_kv"},
+        geometry={
+            "num_key_value_heads": "kv_heads",
+            "num_key_value_groups": "slots_per_kv",
+            "head_dim": "head_dim",
+        },
         config_heads=True,
+        # Its configuration checks the number of rotary frequencies against hidden_size / heads.
+        wide_as=StandIn(
+            "mistral",
+            needs={"partial_rotary_factor": 1.0},
+            splits={"mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight")},
+            unfuses=True,
+        ),
     ),
-    "opt": Family(output="out_proj", head_counts={}, rotary=False, grouped=False),
+    "opt": Family(output="out_proj", geometry={}, rotary=False, grouped=False),
     "gpt_neox": Family(
         attention="attention",
         output="dense",
         fused_qkv="query_key_value",
         fused_layout="heads",
-        head_counts={},
+        geometry={},
         grouped=False,
         rope_fields={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ class AttentionWeights:
         key, value: (K D, E).
         output: (E, H D).
         query_bias, key_bias, value_bias: (H D,), (K D,), (K D,) or None.
-        key_norm: (K, D) scale of a norm that spans all keys, or None.
+        key_norm: (K D,) scale of a norm that spans all keys, or None.
     """
 
     query: Tensor
@@ -132,8 +132,8 @@ class SharedHeads:
 
     Query head h of group g attends with shared head g: each rotary pair of the shared head gets the query pair of its
     frequency, times ``query_gain[h]``; the pass-through part of the query goes through ``query_mix[h]``; what the
-    attention returns goes through ``value_mix[h]``. None means that every head of a group uses the shared head as
-    `mean_heads` does.
+    attention returns goes through ``value_mix[h]``. None stands for ones and identities: the head takes the shared
+    head as it is.
 
     Attributes:
         partition: groups of base KV heads.
@@ -169,23 +169,30 @@ def mean_heads(weights: AttentionWeights, partition: Partition, shape: SharedSha
     rotary = torch.tensor(shape.frequencies, dtype=torch.long)
     passing = torch.tensor(shape.pass_sources, dtype=torch.long) + base.rotary_dim
     key_rows = torch.cat((rotary, rotary + base.rotary_dim // 2, passing))
-    rotary_parts = part_members(partition, shape.frequencies)
-    parts = torch.cat((rotary_parts, rotary_parts, part_members(partition, shape.pass_sources)), dim=1)
     value_rows = torch.tensor(shape.value_sources, dtype=torch.long)
+    pair_parts = part_members(partition, shape.frequencies)
+    pass_parts = part_members(partition, shape.pass_sources)
     value_parts = part_members(partition, shape.value_sources)
-
-    def shared(heads: Tensor | None, rows: Tensor, parts: Tensor) -> Tensor | None:
-        return None if heads is None else _mean_of_parts(heads, partition, rows, parts)
-
+    key_parts = torch.cat((pair_parts, pair_parts, pass_parts), dim=1)
     split = (base.base_kv_heads, base.head_dim)
-    return SharedHeads(
+
+    heads = SharedHeads(
         partition=partition,
         shape=shape,
-        key=shared(weights.key.unflatten(0, split), key_rows, parts),
-        value=shared(weights.value.unflatten(0, split), value_rows, value_parts),
-        key_bias=shared(_unflattened(weights.key_bias, split), key_rows, parts),
-        value_bias=shared(_unflattened(weights.value_bias, split), value_rows, value_parts),
-        key_norm=shared(weights.key_norm, key_rows, parts),
+        key=_mean_of_parts(weights.key.unflatten(0, split), partition, key_rows, key_parts),
+        value=_mean_of_parts(weights.value.unflatten(0, split), partition, value_rows, value_parts),
+        key_bias=_mean_of_bias(weights.key_bias, split, partition, key_rows, key_parts),
+        value_bias=_mean_of_bias(weights.value_bias, split, partition, value_rows, value_parts),
+        key_norm=_mean_of_bias(weights.key_norm, split, partition, key_rows, key_parts),
+    )
+    if shape.head_dim == base.head_dim:
+        return heads
+    repeat, device = base.queries_per_kv, heads.key.device
+    return replace(
+        heads,
+        query_gain=pair_parts.repeat_interleave(repeat, 0).to(device, torch.complex64),
+        query_mix=_selection(pass_parts, shape.pass_sources, base.pass_dim).mT.repeat_interleave(repeat, 0).to(device),
+        value_mix=_selection(value_parts, shape.value_sources, base.head_dim).repeat_interleave(repeat, 0).to(device),
     )
 
 
@@ -225,5 +232,17 @@ def _mean_of_parts(heads: Tensor, partition: Partition, rows: Tensor, parts: Ten
     return torch.stack(shared)
 
 
-def _unflattened(bias: Tensor | None, split: tuple[int, int]) -> Tensor | None:
-    return None if bias is None else bias.unflatten(0, split)
+def _mean_of_bias(
+    bias: Tensor | None, split: tuple[int, int], partition: Partition, rows: Tensor, parts: Tensor
+) -> Tensor | None:
+    if bias is None:
+        return None
+    return _mean_of_parts(bias.reshape(split), partition, rows, parts)
+
+
+def _selection(parts: Tensor, sources: Sequence[int], size: int) -> Tensor:
+    """(K, J) of 0 and 1 -> (K, size, J): what takes a head's own dimensions out of the J shared ones."""
+    selection = torch.zeros(len(parts), size, len(sources))
+    for column, source in enumerate(sources):
+        selection[:, source, column] = parts[:, column]
+    return selection

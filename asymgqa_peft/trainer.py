@@ -16,11 +16,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from trl import SFTTrainer
 
+from .adapter.layer import SHARED_CONTAINERS
 from .distillation import CHUNK_BYTES, STATISTICS, LossSums, OutputLayer, distillation_loss
-
-SHARED_HEAD_PARAMETERS = ("lora_kv", "lora_query_gain", "lora_query_mix", "lora_value_mix", "lora_norm")
-"""Attributes of the adapter's layers that are trained whole. All other trainable parameters are LoRA, or whole modules
-that the user named in `modules_to_save`."""
 
 
 class AsymGQATrainer(SFTTrainer):
@@ -391,7 +388,7 @@ def _next_token_rows(values: Tensor, labels: Tensor) -> Tensor:
 
 def _shared_head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
-        if not set(name.split(".")).isdisjoint(SHARED_HEAD_PARAMETERS):
+        if not set(name.split(".")).isdisjoint(SHARED_CONTAINERS):
             yield name, parameter
 
 

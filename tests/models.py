@@ -17,6 +17,7 @@ HEADS = 8
 MHA_GROUPS = [[[6, 1, 3, 0, 7], [5, 2], [4]], [[2], [7, 0, 5, 3, 6], [1, 4]]]
 GQA_GROUPS = [[[3, 1], [0], [2]], [[1], [2], [3, 0]]]  # of the base's 4 KV heads
 EQUAL_GROUPS = [[[6, 1], [3, 0], [5, 2], [7, 4]], [[2, 7], [0, 5], [3, 4], [1, 6]]]
+HALVES = [[[6, 1, 3, 0], [5, 2, 7, 4]], [[2, 7, 0, 5], [3, 4, 1, 6]]]
 SINGLE_GROUPS = [[[3], [1], [0], [2], [7], [5], [6], [4]], [[k] for k in range(8)]]
 SHIFTED_THETA = {"rope_type": "default", "rope_theta": 500.0}
 LLAMA3_ROPE = {
@@ -26,6 +27,15 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.2],
+    "long_factor": [1.0, 2.5, 3.0, 4.0],
+    "original_max_position_embeddings": 8,
 }
 
 
@@ -39,6 +49,7 @@ class Case:
     groups: list = field(default_factory=lambda: MHA_GROUPS)
     plain_class: str | None = None  # of the merged model; None: the base's
     plain_heads: tuple[int, int] | None = None  # its query and KV heads; None: slots of the largest group, groups
+    head_dim: int | None = None  # of the shared heads; None: the base's
 
     @property
     def num_groups(self) -> int:
@@ -68,6 +79,7 @@ QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_laye
 GEMMA2 = {"sliding_window": 6, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 20.0, **BIAS, **GEMMA}
 GEMMA3 = {"sliding_window": 6, "layer_types": SLIDING, "query_pre_attn_scalar": 12, **BIAS, **GEMMA}
 PHI = {"partial_rotary_factor": 0.5}
+LONG = {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 8, **SQUARE}
 STABLELM = {"use_qkv_bias": True, "partial_rotary_factor": 0.5, **SQUARE}
 OLMO2 = {"rms_norm_eps": 0.3, **BIAS}  # so large that a norm over padded slots with the wrong epsilon would show
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 64, "enable_bias": True, **SQUARE}
@@ -107,6 +119,28 @@ CASES: dict[str, Case] = {
     "phi3": Case("phi3", {"sliding_window": 6}),
     "phi3-gqa": _gqa("phi3", {"partial_rotary_factor": 0.5}),
     "phi3-equal": Case("phi3", groups=EQUAL_GROUPS),
+    "llama-wide": Case("llama", {"rope_parameters": LLAMA3_ROPE}, plain_class="MistralForCausalLM", head_dim=16),
+    "llama-wide-odd": Case("llama", {"rope_parameters": SHIFTED_THETA}, plain_class="MistralForCausalLM", head_dim=12),
+    "llama-widest": Case("llama", SQUARE, groups=HALVES, plain_class="MistralForCausalLM", head_dim=32),
+    "llama-wide-gqa": _gqa("llama", {"rope_parameters": LINEAR_ROPE}, plain_class="MistralForCausalLM", head_dim=16),
+    "mistral-wide": Case("mistral", {"sliding_window": 6, "rope_parameters": YARN_ROPE}, head_dim=16),
+    "qwen2-wide": Case("qwen2", QWEN_WINDOW, head_dim=16),
+    "qwen2-wide-gqa": _gqa("qwen2", QWEN_WINDOW, head_dim=12),
+    "gemma-wide": Case("gemma", {**BIAS, **GEMMA}, head_dim=24),
+    "gemma2-wide": Case("gemma2", GEMMA2, plain_heads=(24, 3), head_dim=24),
+    "phi-wide": Case("phi", PHI, head_dim=16),
+    "phi-wide-gqa": _gqa("phi", PHI, head_dim=12),
+    "phi3-wide": Case("phi3", {"sliding_window": 6}, plain_class="MistralForCausalLM", head_dim=16),
+    "phi3-wide-gqa": _gqa("phi3", plain_class="MistralForCausalLM", head_dim=16),
+    "phi3-wide-long": Case(
+        "phi3",
+        LONG,
+        HEADS,
+        HALVES,
+        plain_class="MistralForCausalLM",
+        head_dim=16,
+    ),
+    "olmo-wide": Case("olmo", BIAS, head_dim=16),
     "opt": Case("opt", OPT, plain_heads=(8, 8)),
     "gpt_neox": Case("gpt_neox", NEOX, plain_heads=(8, 8)),
 }
@@ -180,7 +214,7 @@ def stock(name: str) -> PreTrainedModel:
 
 @cache
 def _adapted(name: str) -> PeftModel:
-    return wrap(copy.deepcopy(stock(name)), CASES[name].groups)
+    return wrap(copy.deepcopy(stock(name)), CASES[name].groups, head_dim=CASES[name].head_dim)
 
 
 def adapted(name: str) -> PeftModel:

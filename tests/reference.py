@@ -3,6 +3,7 @@
 It knows nothing of slots, hooks, tuner layers or export: it takes the stock model and the adapter's state dict, merges
 LoRA by hand, copies each shared K/V head back to every base head of its group, and folds the query gains and mixes
 into q_proj and the value mixes into o_proj, head by head. What comes out is the base's own class with K heads.
+Of wide heads it makes every query head's own key and value instead: the same class, multi-head.
 """
 
 from __future__ import annotations
@@ -63,9 +64,12 @@ def _expand(attention: nn.Module, config, state: dict, partition, name: str) -> 
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     group_of = [next(g for g, group in enumerate(partition) if k in group) for k in range(kv_heads)]
     fused = FUSED.get(config.model_type)
-    shared_key, shared_value = _shared(state, fused, len(partition), dim, name)
+    shared_key, shared_value = _shared(state, fused, len(partition), name)
     rows = _rows(getattr(attention, fused or "q_proj"), dim)
     query = [rows[3 * h if config.model_type == "gpt_neox" else h] for h in range(heads)]
+    if shared_key.shape[1] != dim:
+        _expand_wide(attention, config, state, query, shared_key, shared_value, group_of, name)
+        return
     query = [_query_matrix(state, h, dim, name) @ query[h] for h in range(heads)]
     key, value = [shared_key[g] for g in group_of], [shared_value[g] for g in group_of]
     if config.model_type == "gpt_neox":
@@ -82,6 +86,51 @@ def _expand(attention: nn.Module, config, state: dict, partition, name: str) -> 
             output.weight[:, columns] = output.weight[:, columns] @ (torch.eye(dim).double() + mix[h])
     if (weight := _one(state, f"lora_norm.{name}.weight")) is not None:
         attention.k_norm = GroupedKeyNorm(weight, group_of, dim, attention.k_norm.variance_epsilon)
+
+
+def _expand_wide(attention, config, state: dict, query, shared_key, shared_value, group_of: list[int], name: str):
+    heads, dim = len(query), query[0].shape[0]
+    key, value = [], []
+    for h in range(heads):
+        group = group_of[h // (heads // len(group_of))]
+        # (M q) . z = q . (M^T z)
+        key.append(_wide_query_matrix(state, h, dim, shared_key.shape[1], name).T @ shared_key[group])
+        mix = torch.eye(dim, shared_value.shape[1]).double() + _one(state, f"lora_value_mix.{name}.weight")[h]
+        value.append(mix @ shared_value[group])
+    if config.model_type in FUSED:
+        _resize(attention.qkv_proj, 3 * heads * dim)
+        _write(attention.qkv_proj, query + key + value)
+        attention.num_key_value_heads = heads
+    else:
+        for projection, matrices in (("k_proj", key), ("v_proj", value)):
+            _resize(getattr(attention, projection), heads * dim)
+            _write(getattr(attention, projection), matrices)
+    attention.num_key_value_groups = 1
+
+
+def _resize(linear: nn.Linear, rows: int) -> None:
+    linear.out_features = rows
+    linear.weight = nn.Parameter(linear.weight.new_zeros(rows, linear.in_features), requires_grad=False)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.weight.new_zeros(rows), requires_grad=False)
+
+
+def _wide_query_matrix(state: dict, head: int, dim: int, width: int, name: str) -> torch.Tensor:
+    """W x D: what one query head's gains and mix make of its query. Pairs of one frequency are neighbours."""
+    gain = _one(state, f"lora_query_gain.{name}.weight")[head]
+    frequencies = _one(state, f"lora_groups.{name}.frequencies").long().tolist()
+    mix = _one(state, f"lora_query_mix.{name}.weight")
+    pairs, rest = len(frequencies), 0 if mix is None else mix.shape[2]
+    base_pairs = (dim - rest) // 2
+    matrix = torch.zeros(width, dim).double()
+    for pair, frequency in enumerate(frequencies):
+        is_first = frequency not in frequencies[:pair]
+        a, b = gain[pair, 0] + float(is_first), gain[pair, 1]
+        matrix[pair, frequency], matrix[pair, frequency + base_pairs] = a, -b
+        matrix[pair + pairs, frequency], matrix[pair + pairs, frequency + base_pairs] = b, a
+    if mix is not None:
+        matrix[2 * pairs :, dim - rest :] = torch.eye(width - 2 * pairs, rest).double() + mix[head]
+    return matrix
 
 
 def _one(state: dict, ending: str) -> torch.Tensor | None:
@@ -103,14 +152,14 @@ def _write(linear: nn.Linear, blocks: list[torch.Tensor]) -> None:
         linear.bias.copy_(rows[:, -1])
 
 
-def _shared(state: dict, fused: str | None, groups: int, dim: int, name: str) -> list[torch.Tensor]:
-    """Shared keys and values, each (G, D, E + 1)."""
+def _shared(state: dict, fused: str | None, groups: int, name: str) -> list[torch.Tensor]:
+    """Shared keys and values, each (G, W, E + 1)."""
     shared = []
     for projection in [fused] if fused else ["k_proj", "v_proj"]:
         weight = state[f"{projection}.lora_kv.{name}.weight"]
         bias = state.get(f"{projection}.lora_kv.{name}.bias", torch.zeros(weight.shape[0]).double())
         shared.append(torch.cat([weight, bias[:, None]], dim=1))
-    return list(torch.cat(shared).reshape(2, groups, dim, -1))
+    return list(torch.cat(shared).unflatten(0, (2, groups, -1)))
 
 
 def _query_matrix(state: dict, head: int, dim: int, name: str) -> torch.Tensor:

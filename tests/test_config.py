@@ -200,15 +200,15 @@ def test_a_file_with_bad_values_is_refused(tmp_path):
 def test_one_config_wraps_two_models_of_different_depth():
     config = adapter_config()
     shallow, deep = get_peft_model(tiny_llama(), config), get_peft_model(tiny_llama(num_hidden_layers=3), config)
-    assert config.head_groups is None and config.target_modules == "all-linear"
-    assert len(shallow.peft_config["default"].head_groups) == 2
-    assert len(deep.peft_config["default"].head_groups) == 3
+    assert shallow.peft_config["default"] is deep.peft_config["default"] is config and config.head_groups is None
+    assert len(shallow.base_model.head_groups("default").layers) == 2
+    assert len(deep.base_model.head_groups("default").layers) == 3
 
 
 def test_random_groups_follow_the_seed():
     def groups(**fields):
         model = get_peft_model(tiny_llama(), adapter_config(grouping="random", **fields))
-        return model.peft_config["default"].head_groups
+        return model.base_model.head_groups("default")
 
     assert groups(seed=0) == groups(seed=0)
     assert groups(seed=0) != groups(seed=1)

@@ -89,7 +89,10 @@ def exported(tmp_path_factory) -> dict[str, Exported]:
     root = tmp_path_factory.mktemp("plain")
     bases = {name: stock(name) for name in CASES} | {n: random_model(config_of(c)) for n, c in MORE_CASES.items()}
     models = {name: adapted(name) for name in CASES}
-    models |= {name: wrap(copy.deepcopy(bases[name]), case.groups) for name, case in MORE_CASES.items()}
+    models |= {
+        name: wrap(copy.deepcopy(bases[name]), case.groups, head_dim=case.head_dim)
+        for name, case in MORE_CASES.items()
+    }
     plain, warned, references = {}, {}, {}
     for name, model in models.items():
         groups = (CASES | MORE_CASES)[name].groups
@@ -191,6 +194,10 @@ def test_rope_is_written_for_engines_of_transformers_4_too(exported, name: str):
     it, case = exported[name], ALL_CASES[name]
     saved = json.loads((it.folder / "config.json").read_text())
     base = it.base.config.rope_parameters
+    if case.head_dim is not None:  # a wide head's frequencies are written out; the logits prove them
+        base = it.plain.config.rope_parameters
+        assert base["rope_type"] == "longrope"
+        assert len(base["short_factor"]) == len(base["long_factor"]) >= len(it.base.config.rope_parameters)
     assert it.facts["rope_parameters"] == base
     assert saved["rotary_emb_base" if case.model_type == "gpt_neox" else "rope_theta"] == base["rope_theta"]
     assert ("rope_scaling" in saved) == (base["rope_type"] != "default")

@@ -9,25 +9,43 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CASES, stock, wrap
+from models import CASES, stock
+from peft import get_peft_model
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
+from asymgqa_peft import AsymGQAConfig
 from asymgqa_peft.adapter.layer import (
+    Geometry,
     HeadCountView,
-    HeadMix,
-    RotaryGain,
     SharedKey,
     SharedLinear,
-    Slots,
-    mean_over_groups,
     with_head_count,
-    write_head_counts,
+    write_geometry,
 )
+from asymgqa_peft.adapter.site import attention_sites
+from asymgqa_peft.adapter.slots import HeadLayout, HeadMix, RotaryGain
 from asymgqa_peft.families import FAMILIES, head_shape
 from asymgqa_peft.groups import slot_layout
+from asymgqa_peft.heads import HeadShape, SharedShape
 
 CPU = torch.device("cpu")
+
+
+def layout_of(partition, queries_per_kv: int = 1, width: int = 8, rotary_dim: int = 8) -> HeadLayout:
+    """The layout of heads with D = 8."""
+    kv_heads = sum(len(group) for group in partition)
+    base = HeadShape(96, kv_heads * queries_per_kv, kv_heads, 8, rotary_dim)
+    return HeadLayout(partition, SharedShape.of_width(base, width), CPU, declared=False)
+
+
+def rotate_by(angles: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """RoPE by angles (T, pairs) on heads (B, T, H, 2 pairs)."""
+    cos, sin = (f(angles).repeat(1, 2)[None] for f in (torch.cos, torch.sin))
+    return apply_rotary_pos_emb(heads, heads, cos, sin, unsqueeze_dim=2)[0]
+
+
+ANGLES = torch.arange(6.0).double()[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03]).double()
 
 
 @st.composite
@@ -61,16 +79,16 @@ def test_every_query_head_meets_its_groups_kv_head(drawn):
 @given(layouts(), st.integers(0, 10**6))
 @settings(max_examples=60)
 def test_scatter_then_gather_is_the_identity_whatever_empty_slots_hold(drawn, seed: int):
-    layout = slot_layout(*drawn)
-    slots = Slots(layout, CPU)
+    partition, queries_per_kv, _ = drawn
+    layout = layout_of(partition, queries_per_kv)
     generator = torch.Generator().manual_seed(seed)
-    heads = torch.randn(2, 3, len(layout.slot_of_head), 4, generator=generator, requires_grad=True)
-    scattered = slots.scatter(heads)
-    assert scattered.shape == (2, 3, layout.num_slots, 4)
-    empty = torch.tensor(layout.head_of_slot) < 0
+    heads = torch.randn(2, 3, len(layout.slots.slot_of_head), 4, generator=generator, requires_grad=True)
+    scattered = layout.scatter(heads)
+    assert scattered.shape == (2, 3, layout.slots.num_slots, 4)
+    empty = torch.tensor(layout.slots.head_of_slot) < 0
     for slot in (~empty).nonzero().flatten().tolist():
-        assert torch.equal(scattered[..., slot, :], heads[..., layout.head_of_slot[slot], :])
-    gathered = slots.gather(scattered.masked_fill(empty[:, None], torch.nan))
+        assert torch.equal(scattered[..., slot, :], heads[..., layout.slots.head_of_slot[slot], :])
+    gathered = layout.gather(scattered.masked_fill(empty[:, None], torch.nan))
     assert torch.equal(gathered, heads)
     wanted = torch.randn(heads.shape, generator=generator)
     (gathered * wanted).sum().backward()
@@ -80,71 +98,89 @@ def test_scatter_then_gather_is_the_identity_whatever_empty_slots_hold(drawn, se
 @given(layouts(), st.integers(0, 10**6))
 @settings(max_examples=60)
 def test_slots_pair_as_grouped_attention_pairs(drawn, seed: int):
-    """Repeating stored heads as attention does, every query head sees the shared head of its group."""
+    """Repeating shared heads as attention does, every query head sees the shared head of its group."""
     partition, queries_per_kv, _ = drawn
-    layout = slot_layout(*drawn)
-    slots = Slots(layout, CPU)
+    layout = layout_of(partition, queries_per_kv)
     shared = torch.randn(1, 2, len(partition), 4, generator=torch.Generator().manual_seed(seed))
-    repeated = repeat_kv(slots.store(shared).transpose(1, 2), layout.slots_per_kv).transpose(1, 2)
-    seen = slots.gather(repeated)
+    repeated = repeat_kv(shared.transpose(1, 2), layout.slots.slots_per_kv).transpose(1, 2)
+    seen = layout.gather(repeated)
+    assert torch.equal(layout.to_query_heads(shared), seen)
     for group, members in enumerate(partition):
         for kv in members:
             for query in range(queries_per_kv):
                 assert torch.equal(seen[:, :, kv * queries_per_kv + query], shared[:, :, group])
 
 
-def test_gains_and_mixes_start_as_the_identity_with_weights_of_zero():
-    x = torch.randn(2, 3, 4, 8)
-    for fit in (RotaryGain(4, 8), RotaryGain(4, 4), HeadMix(4, 8), HeadMix(4, 5, start=3)):
-        assert not fit.weight.any()
-        assert torch.equal(fit(x), x)
+@pytest.mark.parametrize("rotary", [8, 4])
+def test_gains_and_mixes_start_as_the_identity_with_weights_of_zero(rotary: int):
+    x, layout = torch.randn(2, 3, 4, 8), layout_of(((0, 1), (2, 3)), rotary_dim=rotary)
+    gain = RotaryGain(layout.shape)
+    assert not gain.weight.any()
+    assert torch.equal(gain.fit_query(x[..., :rotary], layout), x[..., :rotary])
+    assert torch.equal(gain.decode_key(x[..., :rotary], layout), x[..., :rotary])
+    mix = HeadMix(4, 8, 8)
+    assert not mix.weight.any()
+    assert torch.equal(mix(x), x) and torch.equal(mix.transposed(x), x)
 
 
 def test_a_small_step_moves_a_bf16_gain_that_a_stored_one_would_swallow():
-    gain, step = RotaryGain(4, 8).bfloat16(), 1e-3
+    gain, step = RotaryGain(layout_of(((0, 1),)).shape).bfloat16(), 1e-3
     with torch.no_grad():
         gain.weight += step
     assert (gain.weight == torch.tensor(step).bfloat16()).all()
     assert torch.equal(torch.ones(1).bfloat16() + step, torch.ones(1).bfloat16())
 
 
-@pytest.mark.parametrize("rotary", [8, 4])
-def test_a_gain_is_a_complex_product_on_rotary_pairs(rotary: int):
-    gain = RotaryGain(3, rotary, dtype=torch.float64)
+@pytest.mark.parametrize("width", [8, 12, 16, 24])
+def test_a_gain_is_a_complex_product_on_the_pairs_of_its_frequencies(width: int):
+    layout = layout_of(((0, 1, 2),), width=width)
+    gain = RotaryGain(layout.shape, dtype=torch.float64)
     nn.init.normal_(gain.weight)
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
-    pairs = torch.complex(x[..., : rotary // 2], x[..., rotary // 2 : rotary])
-    expected = pairs * (1 + torch.view_as_complex(gain.weight.detach()))
-    y = gain(x)
-    torch.testing.assert_close(torch.complex(y[..., : rotary // 2], y[..., rotary // 2 : rotary]), expected)
-    assert torch.equal(y[..., rotary:], x[..., rotary:])
+    frequencies = list(layout.shape.frequencies)
+    assert len(frequencies) == width // 2
+    start = torch.tensor([float(f not in frequencies[:pair]) for pair, f in enumerate(frequencies)])
+    complex_gain = start + torch.view_as_complex(gain.weight.detach())
+    expected = torch.complex(x[..., :4], x[..., 4:])[..., frequencies] * complex_gain
+    y = gain.fit_query(x, layout)
+    torch.testing.assert_close(torch.complex(*y.chunk(2, -1)), expected)
+
+
+@pytest.mark.parametrize("width", [8, 12, 16, 24])
+def test_fitting_the_query_and_decoding_the_key_give_the_same_scores_under_rope(width: int):
+    layout = layout_of(((0, 1, 2),), width=width)
+    gain = RotaryGain(layout.shape, dtype=torch.float64)
+    nn.init.normal_(gain.weight)
+    query, shared = torch.randn(1, 6, 3, 8).double(), torch.randn(1, 6, 3, width).double()
+    wide_angles = ANGLES[:, list(layout.shape.frequencies)]
+    fitted = rotate_by(wide_angles, gain.fit_query(query, layout))
+    scores = torch.einsum("bthd,bshd->bhts", fitted, rotate_by(wide_angles, shared))
+    own = rotate_by(ANGLES, gain.decode_key(shared, layout))
+    expected = torch.einsum("bthd,bshd->bhts", rotate_by(ANGLES, query), own)
+    torch.testing.assert_close(scores, expected)
+    assert expected.abs().max() > 1
 
 
 def test_a_gain_commutes_with_rope_and_a_mix_does_not():
-    x = torch.randn(1, 6, 3, 8, dtype=torch.float64)
-    angles = torch.arange(6.0).double()[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03]).double()
-    cos, sin = (f(angles).repeat(1, 2)[None] for f in (torch.cos, torch.sin))
-
-    def rotate(query: torch.Tensor) -> torch.Tensor:
-        return apply_rotary_pos_emb(query, query, cos, sin, unsqueeze_dim=2)[0]
-
-    gain, mix = RotaryGain(3, 8, dtype=torch.float64), HeadMix(3, 8, dtype=torch.float64)
+    x, layout = torch.randn(1, 6, 3, 8, dtype=torch.float64), layout_of(((0, 1, 2),))
+    gain, mix = RotaryGain(layout.shape, dtype=torch.float64), HeadMix(3, 8, 8, dtype=torch.float64)
     for fit in (gain, mix):
         nn.init.normal_(fit.weight)
-    assert (rotate(gain(x)) - rotate(x)).abs().max() > 0.1
-    torch.testing.assert_close(rotate(gain(x)), gain(rotate(x)))
-    assert (rotate(mix(x)) - mix(rotate(x))).abs().max() > 0.1
+    rotated = rotate_by(ANGLES, x)
+    assert (rotate_by(ANGLES, gain.fit_query(x, layout)) - rotated).abs().max() > 0.1
+    torch.testing.assert_close(rotate_by(ANGLES, gain.fit_query(x, layout)), gain.fit_query(rotated, layout))
+    assert (rotate_by(ANGLES, mix(x)) - mix(rotated)).abs().max() > 0.1
 
 
-def test_a_mix_is_one_matrix_per_head():
-    mix = HeadMix(3, 5, start=3)
+@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (8, 12), (8, 16), (12, 8)])
+def test_a_mix_is_one_matrix_per_head(rows: int, columns: int):
+    mix = HeadMix(3, rows, columns)
     nn.init.normal_(mix.weight)
-    x = torch.randn(2, 4, 3, 8)
-    y = mix(x)
+    x, y = torch.randn(2, 4, 3, columns), torch.randn(2, 4, 3, rows)
     for head in range(3):
-        expected = x[:, :, head, 3:] @ (torch.eye(5) + mix.weight[head]).T
-        torch.testing.assert_close(y[:, :, head, 3:], expected)
-    assert torch.equal(y[..., :3], x[..., :3])
+        matrix = torch.eye(rows, columns) + mix.weight[head]
+        torch.testing.assert_close(mix(x)[:, :, head], x[:, :, head] @ matrix.T)
+        torch.testing.assert_close(mix.transposed(y)[:, :, head], y[:, :, head] @ matrix)
 
 
 def test_a_shared_linear_computes_in_its_inputs_dtype():
@@ -156,39 +192,29 @@ def test_a_shared_linear_computes_in_its_inputs_dtype():
     assert linear.weight.grad.dtype == torch.float32
 
 
-def test_the_mean_over_groups_is_taken_in_fp32():
-    heads = torch.tensor([1.0, 1.0, 256.0, 1.0]).bfloat16()[:, None]
-    mean = mean_over_groups(heads, ((0, 2), (1, 3)))
-    assert mean.dtype == torch.float32 and mean[:, None].flatten().tolist() == [128.5, 1.0]
-    assert mean_over_groups(heads.double(), ((0, 1, 2, 3),)).dtype == torch.float64
-
-
 @pytest.mark.parametrize("name", ["llama-bias", "qwen2-gqa", "phi3", "gpt_neox", "olmo2"])
-def test_base_heads_and_the_mean_start(name: str):
-    """Before any initialisation the shared heads are the group means of the base's, weights and biases."""
+def test_before_any_initialisation_heads_are_the_means_of_their_groups(name: str):
     case, base = CASES[name], stock(name)
-    shape = head_shape(base.config)
-    wrapped = wrap(copy.deepcopy(base), case.groups, seed=0)
-    fresh = next(module for module in wrapped.modules() if hasattr(module, "share_mean"))
-    assert not torch.equal(fresh.lora_kv["default"].weight, _means(fresh, case.groups[0]))
-    fresh.share_mean("default", case.groups[0])
-    assert torch.equal(fresh.lora_kv["default"].weight, _means(fresh, case.groups[0]))
-    weight, bias = fresh.base_heads(fresh.parts[0])
-    assert weight.shape == (case.kv_heads, shape.head_dim, shape.hidden_size)
-    assert bias is None or bias.shape == (case.kv_heads, shape.head_dim)
-
-
-def _means(layer, partition) -> torch.Tensor:
-    heads = [layer.base_heads(part)[0] for part in layer.parts]
-    return torch.cat([weights[group].mean(0) for weights in heads for group in partition])
+    config = AsymGQAConfig(num_key_value_heads=case.num_groups, head_groups=case.groups, r=4, task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(base), config)
+    for site, partition in zip(attention_sites(model), case.groups, strict=True):
+        heads, weights = site.reader("default")(), site.weights()
+        assert heads.partition == tuple(tuple(sorted(group)) for group in partition)
+        for part in ("key", "value", "key_bias", "value_bias"):
+            own = getattr(weights, part)
+            if own is None:
+                assert getattr(heads, part) is None
+                continue
+            own = own.unflatten(0, (case.kv_heads, -1))
+            expected = torch.stack([own[group].mean(0) for group in partition])
+            torch.testing.assert_close(getattr(heads, part), expected)
 
 
 def test_the_fused_layouts_are_read_as_the_stock_models_read_them():
     """Query, key and value rows of Phi-3 (blocks) and GPT-NeoX (per head), against the models' own slicing."""
     for name in ("phi3-gqa", "gpt_neox"):
-        model = wrap(copy.deepcopy(stock(name)), CASES[name].groups)
-        layer = next(module for module in model.modules() if hasattr(module, "base_heads"))
-        base, shape = layer.get_base_layer(), layer.shape
+        site = attention_sites(stock(name))[0]
+        base, shape, weights = site.key, site.shape, site.weights()
         x = torch.randn(1, 1, shape.hidden_size)
         fused = base(x)
         if name == "gpt_neox":
@@ -197,21 +223,21 @@ def test_the_fused_layouts_are_read_as_the_stock_models_read_them():
             sizes = [shape.num_attention_heads, shape.base_kv_heads, shape.base_kv_heads]
             expected = fused.unflatten(-1, (-1, shape.head_dim)).split(sizes, dim=-2)
         for part, heads in zip(("query", "key", "value"), expected, strict=True):
-            weight, bias = layer.base_heads(part)
-            actual = weight @ x[0, 0] + (0 if bias is None else bias)
-            torch.testing.assert_close(actual, heads[0, 0])
+            bias = getattr(weights, f"{part}_bias")
+            actual = getattr(weights, part) @ x[0, 0] + (0 if bias is None else bias)
+            torch.testing.assert_close(actual, heads[0, 0].flatten())
 
 
-def test_head_counts_follow_the_familys_declaration():
+def test_geometry_follows_the_familys_declaration():
     config = copy.deepcopy(stock("phi3").config)
     attention = nn.Module()
     attention.config = config
-    write_head_counts(attention, FAMILIES["phi3"], slots=15, kv_heads=3)
+    write_geometry(attention, FAMILIES["phi3"], Geometry(15, 3, 8, 8))
     assert (attention.num_key_value_heads, attention.num_key_value_groups) == (3, 5)
     assert attention.config.num_attention_heads == 15 and config.num_attention_heads == 8
-    write_head_counts(attention, FAMILIES["phi3"], slots=12, kv_heads=3)
+    write_geometry(attention, FAMILIES["phi3"], Geometry(12, 3, 8, 8))
     assert attention.config.num_attention_heads == 12
-    write_head_counts(attention, FAMILIES["phi3"], slots=8, kv_heads=8)
+    write_geometry(attention, FAMILIES["phi3"], Geometry(8, 8, 8, 8))
     assert attention.config is config
 
 
@@ -230,7 +256,7 @@ def test_a_head_count_view_is_the_live_configuration_but_for_the_count(duplicate
 def test_two_adapters_cannot_be_active_at_once():
     layer = SharedKey(nn.Linear(96, 64), head_shape(stock("mistral").config), FAMILIES["mistral"])
     for name, partition in (("a", CASES["mistral"].groups[0]), ("b", CASES["mistral"].groups[1])):
-        layer.update_layer(name, tuple(tuple(group) for group in partition))
+        layer.update_layer(name, tuple(map(tuple, partition)), SharedShape.of_width(layer.shape), declared=True)
     layer.set_adapter(["a", "b"])
     with pytest.raises(ValueError, match=r"\['a', 'b'\] are active together, but attention has one set of K/V heads"):
         layer(torch.randn(1, 2, 96))

@@ -124,7 +124,9 @@ def test_saved_file_holds_the_adapter_and_nothing_of_the_base(wrapped, tmp_path)
     wrapped.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert saved and all(".lora_" in name for name in saved)
-    assert sum(t.numel() for t in saved.values()) == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    trained = {name for name in saved if ".lora_groups." not in name}
+    assert len(saved) - len(trained) == LAYERS  # beside the weights the groups, once a layer
+    assert sum(saved[n].numel() for n in trained) == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
 
 
 def test_loaded_for_training_trains_what_the_original_did(wrapped, family, tmp_path):
@@ -280,7 +282,7 @@ def test_deleting_an_adapter_leaves_the_other(pair, deleted):
     assert list(model.peft_config) == [kept] and model.active_adapter == kept
     assert torch.equal(logits(model), alone[kept])
     assert not any(f".{deleted}." in f"{name}." for name in model.state_dict())
-    assert not any(deleted in layer.lora_slots for layer in shared_layers(model))
+    assert not any(deleted in layer.lora_groups for layer in shared_layers(model))
 
 
 def test_after_deleting_the_active_adapter_all_layers_agree_on_the_next():

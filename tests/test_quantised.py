@@ -9,6 +9,8 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from asymgqa_peft.adapter.site import attention_sites
+
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes: install the test extra")
 
 SIZES = {"hidden_size": 192, "intermediate_size": 64}  # multiples of the 64-element blocks of nf4
@@ -75,7 +77,7 @@ def test_heads_start_as_the_mean_of_the_dequantised_ones(kind, folder, used_befo
         logits(base)
     model = get_peft_model(base, adapter_config(GROUPS[kind]))
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
-    weight, _ = layer.base_heads("value")
+    weight = attention_sites(model)[0].weights().value.unflatten(0, (-1, 8))
     expected = torch.cat([weight[group].mean(0) for group in GROUPS[kind]])
     assert torch.allclose(layer.lora_kv["default"].weight, expected, atol=1e-6)
     fresh = dequantize_module_weight(quantised(folder).model.layers[0].self_attn.v_proj).view_as(weight)

@@ -1,14 +1,21 @@
 """Tuner layers for shared K/V heads, and the hooks that fit query heads to them.
 
-Axes: B batch, T positions, E hidden size, H query heads and K KV heads of the base, G shared heads, D head
-dimension, R rotary dimensions, p slots per stored K/V head. A `SharedKey` and a `SharedValue` stand where k_proj and
-v_proj stood (`SharedQKV` where the base fuses them) and keep the originals; queries are scattered into slots after
-q_proj and heads gathered back before o_proj, so that the attention itself sees ordinary GQA.
+Axes: B batch, T positions, E hidden size, H query heads and K KV heads of the base, D head dimension, G shared heads
+of W dimensions, p query slots per shared head. A `SharedKey` and a `SharedValue` stand where k_proj and v_proj stood
+(`SharedQKV` where the base fuses them) and keep the originals.
+
+An adapter in effect shows the attention one of two shapes, which compute the same:
+
+- in evaluation mode, G shared heads with p query slots each: queries are fitted to the shared head of their group and
+  scattered into slots after q_proj, and heads are gathered back and mixed before o_proj. The cache holds G heads.
+- in training mode, the base's H heads of D: shared keys and values are decoded into each query head's own, so that
+  there are no empty slots and no wider heads to compute. There too where a family cannot store fewer heads.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +24,13 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..families import Family
-from ..groups import Partition, SlotLayout, slot_layout
-from ..heads import HeadShape
+from ..groups import Partition
+from ..heads import HeadShape, SharedShape
+from .slots import HeadLayout, HeadMix, RotaryGain
 
-_CACHES = ("past_key_values", "cache")
-"""What attention modules and paged attention functions call their cache."""
+# No LoRA, for all their names: PEFT trains and saves what stands under the prefix "lora_".
+SHARED_CONTAINERS = ("lora_kv", "lora_query_gain", "lora_query_mix", "lora_value_mix", "lora_norm")
+"""Where the trainable tensors of shared heads stand in their layers."""
 
 
 class SharedLinear(nn.Linear):
@@ -31,69 +40,6 @@ class SharedLinear(nn.Linear):
         """(B, T, E) -> (B, T, out)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
-
-
-class RotaryGain(nn.Module):
-    """A complex gain per query head and rotary frequency; it commutes with RoPE.
-
-    `weight` (H, R/2, 2) holds real and imaginary part of gain - 1: near zero, bf16 resolves small steps and weight
-    decay pulls towards the identity.
-    """
-
-    def __init__(self, num_heads: int, rotary_dim: int, **factory) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_heads, rotary_dim // 2, 2, **factory))
-
-    def forward(self, query: Tensor) -> Tensor:
-        """(B, T, H, D) -> (B, T, H, D): rotates and scales the pairs (j, j + R/2) of the first R dimensions."""
-        half = self.weight.shape[1]
-        real, imag = self.weight.to(query.dtype).unbind(-1)
-        first, second, rest = query.split([half, half, query.shape[-1] - 2 * half], dim=-1)
-        turned = (first + first * real - second * imag, second + second * real + first * imag, rest)
-        return torch.cat(turned, dim=-1)
-
-
-class HeadMix(nn.Module):
-    """A square matrix per query head on the dimensions from `start` on; `weight` (H, P, P) holds matrix - identity."""
-
-    def __init__(self, num_heads: int, size: int, start: int = 0, **factory) -> None:
-        super().__init__()
-        self.start = start
-        self.weight = nn.Parameter(torch.zeros(num_heads, size, size, **factory))
-
-    def forward(self, heads: Tensor) -> Tensor:
-        """(B, T, H, D) -> (B, T, H, D): each head's vector x becomes (I + weight) x."""
-        part = heads[..., self.start :]
-        mixed = part + torch.einsum("...hd,hed->...he", part, self.weight.to(heads.dtype))
-        return torch.cat((heads[..., : self.start], mixed), dim=-1) if self.start else mixed
-
-
-class Slots(nn.Module):
-    """Index buffers of one layer's `SlotLayout`, and the moves between heads and slots."""
-
-    def __init__(self, layout: SlotLayout, device: torch.device) -> None:
-        super().__init__()
-        self.layout = layout
-        # An empty slot takes a copy of some head: nothing reads what comes of it, and one gather is all it costs.
-        head_of_slot = [max(head, 0) for head in layout.head_of_slot]
-        indices = {"kv_source": layout.kv_source, "head_of_slot": head_of_slot, "slot_of_head": layout.slot_of_head}
-        for name, index in indices.items():
-            # Not persistent: they follow from head_groups, and a file must not be able to contradict it.
-            self.register_buffer(name, torch.tensor(index, device=device), persistent=False)
-        self.moves_queries = layout.head_of_slot != tuple(range(len(layout.slot_of_head)))
-        self.copies_shared = layout.kv_source != tuple(range(max(layout.kv_source) + 1))
-
-    def store(self, shared: Tensor) -> Tensor:
-        """Shared heads (B, T, G, D) -> stored heads (B, T, kv_heads, D)."""
-        return shared.index_select(-2, self.kv_source) if self.copies_shared else shared
-
-    def scatter(self, heads: Tensor) -> Tensor:
-        """Query heads (B, T, H, D) -> slots (B, T, slots, D); what an empty slot holds is of no account."""
-        return heads.index_select(-2, self.head_of_slot) if self.moves_queries else heads
-
-    def gather(self, slots: Tensor) -> Tensor:
-        """Slots (B, T, slots, D) -> query heads (B, T, H, D)."""
-        return slots.index_select(-2, self.slot_of_head) if self.moves_queries else slots
 
 
 class SharedLayer(nn.Module, BaseTunerLayer):
@@ -170,7 +116,8 @@ class SharedProjection(SharedLayer):
     """G shared heads for keys, values or both, in place of the base's projection.
 
     `lora_kv[adapter]` projects onto the shared heads; `lora_query_gain`, `lora_query_mix` (keys) and `lora_value_mix`
-    (values) fit each query head to them and exist where the architecture leaves the basis free.
+    (values) fit each query head to them and exist where the architecture leaves the basis free. `lora_groups` holds
+    the groups; the values' layer has none of its own and asks the keys'.
     """
 
     adapter_layer_names = ("lora_kv", "lora_query_gain", "lora_query_mix", "lora_value_mix")
@@ -178,121 +125,117 @@ class SharedProjection(SharedLayer):
 
     def __init__(self, base_layer: nn.Module, shape: HeadShape, family: Family) -> None:
         super().__init__(base_layer, shape, family)
-        self.lora_slots = nn.ModuleDict()  # layout while there is a cache
-        self.lora_uncached = nn.ModuleDict()  # and while there is none
-        self.cached = True
-        self.partitions: dict[str, Partition] = {}
+        # Not among adapter_layer_names: PEFT 0.20 casts what stands there to floating point.
+        self.lora_groups = nn.ModuleDict()
 
-    def update_layer(self, adapter_name: str, partition: Partition) -> None:
-        """Add an adapter whose shared heads are the mean of each group's base heads."""
-        shape, factory = self.shape, {"device": self._device(), "dtype": self._dtype()}
+    def update_layer(self, adapter_name: str, partition: Partition, shape: SharedShape, declared: bool) -> None:
+        """Add an adapter; its shared heads are still to be written."""
+        base, factory = self.shape, {"device": self._device(), "dtype": self._dtype()}
         rows = len(self.parts) * len(partition) * shape.head_dim
         bias = self.get_base_layer().bias is not None
-        self.lora_kv[adapter_name] = SharedLinear(shape.hidden_size, rows, bias=bias, **factory)
-        if "key" in self.parts and shape.free_keys:
-            if shape.rotary_dim:
-                gain = RotaryGain(shape.num_attention_heads, shape.rotary_dim, **factory)
-                self.lora_query_gain[adapter_name] = gain
-            if shape.pass_dim:
-                mix = HeadMix(shape.num_attention_heads, shape.pass_dim, start=shape.rotary_dim, **factory)
-                self.lora_query_mix[adapter_name] = mix
-        if "value" in self.parts and shape.free_values:
-            self.lora_value_mix[adapter_name] = HeadMix(shape.num_attention_heads, shape.head_dim, **factory)
-        self.set_partition(adapter_name, partition)
-        if not any(parameter.is_meta for parameter in self.lora_kv[adapter_name].parameters()):
-            self.share_mean(adapter_name, partition)
+        self.lora_kv[adapter_name] = SharedLinear(base.hidden_size, rows, bias=bias, **factory)
+        heads = base.num_attention_heads
+        if "key" in self.parts:
+            self.lora_groups[adapter_name] = HeadLayout(partition, shape, self._device(), declared)
+            if base.free_keys and base.rotary_dim:
+                self.lora_query_gain[adapter_name] = RotaryGain(shape, **factory)
+            if base.free_keys and base.pass_dim:
+                self.lora_query_mix[adapter_name] = HeadMix(heads, shape.pass_dim, base.pass_dim, **factory)
+        if "value" in self.parts and base.free_values:
+            self.lora_value_mix[adapter_name] = HeadMix(heads, base.head_dim, shape.head_dim, **factory)
         self.set_adapter(self.active_adapters)
 
-    def set_partition(self, adapter_name: str, partition: Partition) -> None:
-        """Lay the adapter's query heads out for `partition`.
-
-        Empty slots spare the cache and cost attention. Without a cache, as in training, groups of unequal size
-        therefore take the shape of MHA: K/V heads are repeated for their query heads, and no slot is empty.
-        """
-        self.partitions[adapter_name] = partition
-        layout = slot_layout(partition, self.shape.queries_per_kv, None if self.family.grouped else 1)
-        slots = Slots(layout, self._device())
-        self.lora_slots[adapter_name] = self.lora_uncached[adapter_name] = slots
-        # Not under a norm that spans all stored keys: it would see some of them several times.
-        if layout.num_slots > self.shape.num_attention_heads and not self.family.key_norm:
-            per_head = slot_layout(partition, self.shape.queries_per_kv, 1)
-            self.lora_uncached[adapter_name] = Slots(per_head, self._device())
-
-    @torch.no_grad()
-    def share_mean(self, adapter_name: str, partition: Partition) -> None:
-        """Mean-pool the base's heads over each group (Ainslie et al., 2023, arXiv 2305.13245)."""
-        shared = self.lora_kv[adapter_name]
-        tensors = [self.base_heads(part) for part in self.parts]
-        shared.weight.copy_(torch.cat([mean_over_groups(weight, partition) for weight, _ in tensors]))
-        if shared.bias is not None:
-            shared.bias.copy_(torch.cat([mean_over_groups(bias, partition) for _, bias in tensors]))
-
-    def base_heads(self, part: str) -> tuple[Tensor, Tensor | None]:
-        """Base weight (K, D, E) and bias (K, D) or None of "query", "key" or "value", dequantised."""
-        base = self.get_base_layer()
-        weight = base_weight(base)
-        rows = self.base_rows(part, weight.device)
-        bias = None if base.bias is None else base.bias.detach()[rows].unflatten(0, (-1, self.shape.head_dim))
-        return weight[rows].unflatten(0, (-1, self.shape.head_dim)), bias
-
-    def base_rows(self, part: str, device: torch.device) -> Tensor:
-        """Rows of the base projection that make "query", "key" or "value"."""
-        return torch.arange(self.get_base_layer().out_features, device=device)
-
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter's heads, gains, mixes and slots."""
-        if adapter_name in self.lora_slots:
-            del self.lora_slots[adapter_name], self.lora_uncached[adapter_name]
+        """Delete an adapter's heads, gains, mixes and groups."""
+        if adapter_name in self.lora_groups:
+            del self.lora_groups[adapter_name]
         super().delete_adapter(adapter_name)
 
     def shared_heads(self, adapter_name: str, x: Tensor) -> list[Tensor]:
-        """(B, T, E) -> stored heads (B, T, kv_heads, D) of each part."""
-        heads = self.lora_kv[adapter_name](x).unflatten(-1, (len(self.parts), -1, self.shape.head_dim))
+        """(B, T, E) -> shared heads (B, T, G, W) of each part."""
+        projection = self.lora_kv[adapter_name]
+        heads = projection(x).unflatten(-1, (len(self.parts), self.num_groups(adapter_name), -1))
         # Not unbind: OLMo clamps what it gets in place, which autograd forbids for one of several views.
-        parts = (heads.select(-3, index) for index in range(len(self.parts)))
-        return [self.slots(adapter_name).store(part) for part in parts]
+        return [heads.select(-3, index) for index in range(len(self.parts))]
 
-    def slots(self, adapter_name: str) -> Slots:
-        """The layout in effect."""
-        return (self.lora_slots if self.cached else self.lora_uncached)[adapter_name]
+    def num_groups(self, adapter_name: str) -> int:
+        """G."""
+        return len(self.layout(adapter_name).partition)
+
+    def layout(self, adapter_name: str) -> HeadLayout:
+        """The adapter's groups."""
+        return self.lora_groups[adapter_name]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the attention is to see each query head's own K and V, not the shared heads."""
+        return self.training or not self.family.grouped
+
+    def decode_keys(self, adapter_name: str, shared: Tensor) -> Tensor:
+        """Shared keys (B, T, G, W) -> each query head's own, (B, T, H, D)."""
+        layout = self.layout(adapter_name)
+        rotary, rest = layout.to_query_heads(shared).split([layout.shape.rotary_dim, layout.shape.pass_dim], dim=-1)
+        if adapter_name in self.lora_query_gain:
+            rotary = self.lora_query_gain[adapter_name].decode_key(rotary, layout)
+        if adapter_name in self.lora_query_mix:
+            rest = self.lora_query_mix[adapter_name].transposed(rest)
+        return torch.cat((rotary, rest), dim=-1)
 
     def fit_queries(self, adapter_name: str, query: Tensor) -> Tensor:
-        """Apply gain and mix to query heads (B, T, H, D) and scatter them into slots."""
-        for fits in (self.lora_query_gain, self.lora_query_mix):
-            if adapter_name in fits:
-                query = fits[adapter_name](query)
-        return self.slots(adapter_name).scatter(query)
+        """Query heads (B, T, H, D) -> fitted to shared heads, in slots (B, T, G p, W)."""
+        layout = self.layout(adapter_name)
+        rotary, rest = query.split([self.shape.rotary_dim, self.shape.pass_dim], dim=-1)
+        if adapter_name in self.lora_query_gain:
+            rotary = self.lora_query_gain[adapter_name].fit_query(rotary, layout)
+        if adapter_name in self.lora_query_mix:
+            rest = self.lora_query_mix[adapter_name](rest)
+        return layout.scatter(torch.cat((rotary, rest), dim=-1))
 
-    def gather_heads(self, module: nn.Module, args: tuple) -> tuple | None:
-        """Forward pre-hook of the output projection: slots (B, T, slots * D) -> mixed heads (B, T, H * D)."""
-        name = self.active()
-        if name is None:
-            return None
-        heads = self.slots(name).gather(args[0].unflatten(-1, (-1, self.shape.head_dim)))
-        if name in self.lora_value_mix:
-            heads = self.lora_value_mix[name](heads)
-        return (heads.flatten(-2), *args[1:])
+    def decode_values(self, adapter_name: str, shared: Tensor) -> Tensor:
+        """Shared values (B, T, G, W) -> each query head's own, (B, T, H, D)."""
+        return self._mixed(adapter_name, self.layout(adapter_name).to_query_heads(shared))
+
+    def _mixed(self, adapter_name: str, heads: Tensor) -> Tensor:
+        if adapter_name in self.lora_value_mix:
+            return self.lora_value_mix[adapter_name](heads)
+        return heads
 
     def scatter_queries(self, module: nn.Module, args: tuple, query: Tensor) -> Tensor | None:
-        """Forward hook of the query's source: heads (B, T, H * D) -> fitted slots (B, T, slots * D)."""
+        """Forward hook of the query's source: heads (B, T, H D) -> fitted slots (B, T, G p W)."""
         name = self.active()
-        if name is None:
+        if name is None or self.decodes:
             return None
         return self.fit_queries(name, query.unflatten(-1, (-1, self.shape.head_dim))).flatten(-2)
 
-    def set_head_counts(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of the attention: the layout, and the head counts of whatever heads it is about to see.
+    def gather_heads(self, module: nn.Module, args: tuple) -> tuple | None:
+        """Forward pre-hook of the output projection: slots (B, T, G p W) -> mixed heads (B, T, H D)."""
+        name = self.active()
+        if name is None or self.decodes:
+            return None
+        layout = self.layout(name)
+        heads = layout.gather(args[0].unflatten(-1, (-1, layout.shape.head_dim)))
+        return (self._mixed(name, heads).flatten(-2), *args[1:])
+
+    def set_geometry(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Forward pre-hook of the attention: tells it what heads it is about to see, and a wide head's frequencies.
 
         It runs before every forward, so no way of switching adapters can be missed, and it is traced by torch.compile.
         """
-        # An attention that says nothing about its cache may have one.
-        self.cached = "past_key_values" not in kwargs or any(kwargs.get(name) is not None for name in _CACHES)
-        name = self.active()
+        shape, name = self.shape, self.active()
         if name is None:
-            write_head_counts(attention, self.family, self.shape.num_attention_heads, self.shape.base_kv_heads)
+            geometry = Geometry.of_base(shape)
+        elif self.decodes:
+            geometry = Geometry(shape.num_attention_heads, shape.num_attention_heads, shape.head_dim, shape.rotary_dim)
         else:
-            layout = self.slots(name).layout
-            write_head_counts(attention, self.family, layout.num_slots, layout.kv_heads)
+            layout = self.layout(name)
+            geometry = Geometry(
+                layout.slots.num_slots, layout.slots.kv_heads, layout.shape.head_dim, layout.shape.rotary_dim
+            )
+        write_geometry(attention, self.family, geometry)
+        if geometry.rotary_dim == shape.rotary_dim:
+            return None
+        positions = self.layout(name).widen_positions(kwargs["position_embeddings"])
+        return args, {**kwargs, "position_embeddings": positions}
 
 
 class SharedKey(SharedProjection):
@@ -301,16 +244,51 @@ class SharedKey(SharedProjection):
     parts = ("key",)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, E) -> (B, T, kv_heads * D)."""
+        """(B, T, E) -> keys of the heads that the attention sees, (B, T, heads * dimensions)."""
         name = self.active()
-        return self.base_layer(x) if name is None else self.shared_heads(name, x)[0].flatten(-2)
+        if name is None:
+            return self.base_layer(x)
+        (heads,) = self.shared_heads(name, x)
+        # A norm over all shared keys must not see some of them several times: it decodes what it returns.
+        if self.decodes and not self.family.key_norm:
+            heads = self.decode_keys(name, heads)
+        return heads.flatten(-2)
 
 
-class SharedValue(SharedProjection):
+class FollowsKeys:
+    """A layer that takes the groups from the layer that makes the keys, the one that holds them."""
+
+    # In a list, which does not make it a child; a deep copy's list holds the copy's layer.
+    _keys: list[SharedProjection]
+
+    def follow(self, keys: SharedProjection) -> None:
+        """Say which layer makes the keys."""
+        self._keys = [keys]
+
+    def layout(self, adapter_name: str) -> HeadLayout:
+        """The adapter's groups."""
+        return self._keys[0].layout(adapter_name)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the attention is to see each query head's own K and V, not the shared heads."""
+        return self._keys[0].decodes
+
+
+class SharedValue(FollowsKeys, SharedProjection):
     """Shared values in place of v_proj."""
 
     parts = ("value",)
-    forward = SharedKey.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, E) -> values of the heads that the attention sees, (B, T, heads * dimensions)."""
+        name = self.active()
+        if name is None:
+            return self.base_layer(x)
+        (heads,) = self.shared_heads(name, x)
+        if self.decodes:
+            heads = self.decode_values(name, heads)
+        return heads.flatten(-2)
 
 
 class SharedQKV(SharedProjection):
@@ -324,53 +302,75 @@ class SharedQKV(SharedProjection):
         name = self.active()
         if name is None:
             return fused
-        query = fused[..., self.base_rows("query", fused.device)].unflatten(-1, (-1, self.shape.head_dim))
-        heads = [self.fit_queries(name, query), *self.shared_heads(name, x)]
-        if self.family.fused_layout == "heads":
-            return torch.stack(heads, dim=-2).flatten(-3)
-        return torch.cat(heads, dim=-2).flatten(-2)
-
-    def base_rows(self, part: str, device: torch.device) -> Tensor:
-        """Rows of the base projection that make "query", "key" or "value"."""
-        shape, index = self.shape, ("query", "key", "value").index(part)
-        if self.family.fused_layout == "heads":
-            rows = torch.arange(3 * shape.num_attention_heads * shape.head_dim, device=device)
-            return rows.view(-1, 3, shape.head_dim)[:, index].flatten()
-        counts = (shape.num_attention_heads, shape.base_kv_heads, shape.base_kv_heads)
-        start = sum(counts[:index]) * shape.head_dim
-        return torch.arange(start, start + counts[index] * shape.head_dim, device=device)
+        heads_axis = fused.dim() - 1
+        heads = fused.unflatten(-1, (-1, self.shape.head_dim))
+        query, _, _ = self.family.split_fused(heads, self.shape, heads_axis)
+        keys, values = self.shared_heads(name, x)
+        if self.decodes:
+            keys, values = self.decode_keys(name, keys), self.decode_values(name, values)
+        else:
+            query = self.fit_queries(name, query)
+        return self.family.join_fused(query, keys, values, heads_axis).flatten(-2)
 
 
-class SharedKeyNorm(SharedLayer):
+class SharedKeyNorm(FollowsKeys, SharedLayer):
     """A key norm over G shared heads, in place of one that spans the base's K heads (OLMo-2)."""
 
     adapter_layer_names = ("lora_norm",)
 
-    def update_layer(self, adapter_name: str, partition: Partition) -> None:
-        """Add an adapter whose scale is the mean of each group's base heads."""
-        base = self.get_base_layer()
-        norm = copy.deepcopy(base)
-        rows = len(partition) * self.shape.head_dim
+    def update_layer(self, adapter_name: str, partition: Partition, shape: SharedShape, declared: bool) -> None:
+        """Add an adapter; its scale is still to be written."""
+        norm = copy.deepcopy(self.get_base_layer())
+        rows = len(partition) * shape.head_dim
         norm.weight = nn.Parameter(torch.empty(rows, device=self._device(), dtype=self._dtype()))
         self.lora_norm[adapter_name] = norm
-        if not norm.weight.is_meta:
-            scale = base.weight.detach().unflatten(0, (-1, self.shape.head_dim))
-            norm.weight.data.copy_(mean_over_groups(scale, partition))
         self.set_adapter(self.active_adapters)
 
     def forward(self, keys: Tensor) -> Tensor:
-        """(B, T, K * D) under the base, (B, T, G * D) under an adapter."""
+        """(B, T, K D) under the base, (B, T, G W) under an adapter -> what the attention sees."""
         name = self.active()
-        return self.base_layer(keys) if name is None else self.lora_norm[name](keys).to(keys.dtype)
+        if name is None:
+            return self.base_layer(keys)
+        keys = self.lora_norm[name](keys).to(keys.dtype)
+        if not self.decodes:
+            return keys
+        shared = keys.unflatten(-1, (len(self.layout(name).partition), -1))
+        return self._keys[0].decode_keys(name, shared).flatten(-2)
 
 
-def write_head_counts(attention: nn.Module, family: Family, slots: int, kv_heads: int) -> None:
-    """Tell the attention module how many query slots and K/V heads it is to see."""
-    counts = {"slots": slots, "kv_heads": kv_heads, "slots_per_kv": slots // kv_heads}
-    for attribute, count in family.head_counts.items():
-        setattr(attention, attribute, counts[count])
+@dataclass(frozen=True)
+class Geometry:
+    """What heads an attention module sees.
+
+    Attributes:
+        slots: query heads or slots.
+        kv_heads: K/V heads.
+        head_dim: dimensions of each.
+        rotary_dim: how many of them RoPE rotates.
+    """
+
+    slots: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+
+    @classmethod
+    def of_base(cls, shape: HeadShape) -> Geometry:
+        """The base's own heads."""
+        return cls(shape.num_attention_heads, shape.base_kv_heads, shape.head_dim, shape.rotary_dim)
+
+    @property
+    def slots_per_kv(self) -> int:
+        """Query slots that share a K/V head."""
+        return self.slots // self.kv_heads
+
+
+def write_geometry(attention: nn.Module, family: Family, geometry: Geometry) -> None:
+    """Tell an attention module what heads it is to see."""
+    for attribute, figure in family.geometry.items():
+        setattr(attention, attribute, getattr(geometry, figure))
     if family.config_heads:
-        attention.config = with_head_count(attention.config, slots)
+        attention.config = with_head_count(attention.config, geometry.slots)
 
 
 class HeadCountView:
@@ -392,12 +392,6 @@ def with_head_count(config, num_attention_heads: int):
         return config
     config = config.config if isinstance(config, HeadCountView) else config
     return config if config.num_attention_heads == num_attention_heads else HeadCountView(config, num_attention_heads)
-
-
-def mean_over_groups(heads: Tensor, partition: Partition) -> Tensor:
-    """Base heads (K, D, ...) -> shared heads (G * D, ...), averaged over each group in at least fp32."""
-    heads = heads.to(torch.promote_types(heads.dtype, torch.float32))
-    return torch.cat([heads[list(group)].mean(0) for group in partition])
 
 
 def base_weight(module: nn.Module) -> Tensor:

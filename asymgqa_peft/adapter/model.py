@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -15,13 +13,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import AsymGQAConfig
-from ..families import find_family, head_shape
-from ..groups import HeadGroups, default_max_group_size
-from ..heads import HeadShape
+from ..groups import HeadGroups
+from .checks import (
+    check_adapter_tensors,
+    check_modules_to_save,
+    check_not_sharded,
+    initial_groups,
+    is_sharded,
+    shared_shape,
+)
 from .export import export_plain_model
-from .layer import SharedKey, SharedKeyNorm, SharedLayer, SharedProjection, SharedQKV, SharedValue
+from .layer import SharedLayer, SharedProjection
 from .plan import plan_export
-from .site import AttentionSite, attention_sites
+from .site import attention_sites
 
 
 class AsymGQAModel(LoraModel):
@@ -36,13 +40,21 @@ class AsymGQAModel(LoraModel):
 
     tuner_layer_cls = (LoraLayer, SharedLayer)
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(AsymGQAModel._record_loaded)
+
     def _prepare_adapter_config(self, peft_config: AsymGQAConfig, model_config: dict) -> AsymGQAConfig:
         # PEFT calls this before it changes anything: every check of config against model belongs here.
-        sites = attention_sites(self.model)
-        _check_not_sharded(self.model)
-        peft_config.head_groups = initial_groups(peft_config, sites[0].shape, len(sites)).to_lists()
-        self._shared_layer_index = {name: site.layer for site in sites for name in site.shared_names}
-        _check_modules_to_save(peft_config, self._shared_layer_index)
+        if not hasattr(self, "sites"):
+            self.sites = attention_sites(self.model)
+            self._newly_wrapped: set[str] = set()
+        check_not_sharded(self.model)
+        site = self.sites[0]
+        self._site_of = {name: site for site in self.sites for name in site.shared_names}
+        self._shape = shared_shape(peft_config, site.shape, site.family, self.model.config)
+        self._groups = initial_groups(peft_config, site.shape, len(self.sites))
+        check_modules_to_save(peft_config, self._site_of)
         self._resolve_targets(peft_config)
         return peft_config
 
@@ -51,10 +63,10 @@ class AsymGQAModel(LoraModel):
         if isinstance(targets, str) and targets.lower() == "all-linear":
             resolved = replace(peft_config)
             _maybe_include_all_linear_layers(resolved, self.model)
-            targets = set(resolved.target_modules) - self._shared_layer_index.keys()
+            targets = set(resolved.target_modules) - self._site_of.keys()
             peft_config.target_modules = _short_names(targets, self.model)
             return
-        for name in self._shared_layer_index:
+        for name in self._site_of:
             if super()._check_target_module_exists(peft_config, name):
                 raise ValueError(
                     f"target_modules={targets!r} matches {name!r}, but K and V are shared and trained whole: "
@@ -64,45 +76,59 @@ class AsymGQAModel(LoraModel):
     def _check_target_module_exists(self, peft_config: AsymGQAConfig, key: str):
         # Shared projections are replaced whatever the LoRA filters (layers_to_transform, exclude_modules) say:
         # a model has one number of KV heads.
-        return key in self._shared_layer_index or super()._check_target_module_exists(peft_config, key)
+        return key in self._site_of or super()._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if current_key not in self._shared_layer_index:
+        if current_key not in self._site_of:
             super()._create_and_replace(
                 lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
             )
             return
-        # The groups were validated in _prepare_adapter_config; looking for all sites here would cost layers squared.
-        groups = lora_config.head_groups[self._shared_layer_index[current_key]]
-        layer = target if isinstance(target, SharedLayer) else _shared_layer(self.model, target_name, target)
-        layer.update_layer(adapter_name, tuple(map(tuple, groups)))
+        site = self._site_of[current_key]
+        layer = target if isinstance(target, SharedLayer) else site.wrapped(target_name)
+        declared = lora_config.head_groups is not None
+        layer.update_layer(adapter_name, self._groups.layers[site.layer], self._shape, declared)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """Inject an adapter as LoRA does, then (re-)install the hooks that fit queries to shared heads."""
-        # The groups are written into the config. In a copy: the caller may wrap another model with the same one.
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        """Inject an adapter as LoRA does, then write its first shared heads and (re-)install the hooks."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # Again for every adapter: a later one may have wrapped q_proj or o_proj, and the hooks belong outside.
         _remove_hooks(self.model)
-        for site in attention_sites(self.model):
-            _install_hooks(site)
+        for site in self.sites:
+            site.install_hooks()
+            site.start(adapter_name)
+        config = self.peft_config[adapter_name]
+        if config.initialized is None:
+            # Until a file that is loaded, or an initialisation, says otherwise.
+            config.initialized = False
+            self._newly_wrapped.add(adapter_name)
+
+    def forward(self, *args, **kwargs):
+        """The model's forward; training heads that wait for their initialisation is told once."""
+        if self.training:
+            self._warn_if_uninitialized(self.active_adapters)
+        return super().forward(*args, **kwargs)
+
+    def _warn_if_uninitialized(self, adapter_names: list[str]) -> None:
+        for name in adapter_names:
+            if name in self.peft_config:
+                self.peft_config[name].warn_if_uninitialized()
 
     def head_groups(self, adapter_name: str) -> HeadGroups:
-        """The groups of an adapter, validated against the model."""
-        config, sites = self.peft_config[adapter_name], attention_sites(self.model)
-        return HeadGroups.from_lists(
-            config.head_groups, len(sites), sites[0].shape.base_kv_heads, config.num_key_value_heads
-        )
+        """The groups of an adapter in all layers."""
+        layers = tuple(site.partition(adapter_name) for site in self.sites)
+        return HeadGroups(layers, self.sites[0].shape.base_kv_heads)
 
-    def set_head_groups(self, adapter_name: str, groups: HeadGroups) -> None:
-        """Regroup an adapter's heads; its shared K/V keep their values and have to be merged anew by the caller."""
-        for site in attention_sites(self.model):
-            site.set_partition(adapter_name, groups.layers[site.layer])
-        self.peft_config[adapter_name].head_groups = groups.to_lists()
+    def record_head_groups(self, adapter_name: str) -> None:
+        """Write the groups that the layers have into the adapter's configuration: the one place that does."""
+        config = self.peft_config[adapter_name]
+        config.head_groups = self.head_groups(adapter_name).to_lists()
+        for site in self.sites:
+            site.key.layout(adapter_name).declared = False
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -115,10 +141,44 @@ class AsymGQAModel(LoraModel):
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args) -> None:
         # Every way of loading a PeftModel passes here before a tensor is written. PEFT's own only warns about missing
         # tensors and says nothing about unknown ones.
-        if not _is_sharded(self):
-            own = {prefix + name: p.shape for name, p in self.named_parameters(remove_duplicate=False)}
-            _check_adapter_tensors({k: v.shape for k, v in state_dict.items() if k.startswith(prefix)}, own)
+        if not is_sharded(self):
+            given = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+            check_adapter_tensors(given, self._own_tensors(prefix), self._declared_adapters())
+        self._loading = set()
+        for adapter_name in self.peft_config:
+            for site in self.sites:
+                layout = site.key.layout(adapter_name)
+                at = f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}."
+                if at + "index" in state_dict:
+                    layout.checked_partition(state_dict[at + "index"])
+                if at + "frequencies" in state_dict:
+                    layout.checked_frequencies(state_dict[at + "frequencies"])
+            if any(f".{adapter_name}." in key for key in state_dict):
+                self._loading.add(adapter_name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _record_loaded(self, _incompatible: object) -> None:
+        """Load-state-dict post-hook: the layers have the file's groups, the configuration follows."""
+        for adapter_name in self._loading:
+            self.record_head_groups(adapter_name)
+            if adapter_name in self._newly_wrapped:
+                # The heads come from a file now, whose own configuration nobody has read.
+                self.peft_config[adapter_name].initialized = None
+                self._newly_wrapped.remove(adapter_name)
+
+    def _own_tensors(self, prefix: str) -> dict[str, Tensor]:
+        own = {prefix + name: parameter for name, parameter in self.named_parameters(remove_duplicate=False)}
+        for site in self.sites:
+            for adapter_name, layout in site.key.lora_groups.items():
+                for name in layout.state_dict():
+                    key = f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}.{name}"
+                    own[key] = layout.get_buffer(name)
+        return own
+
+    def _declared_adapters(self) -> list[str]:
+        """Adapters whose groups stand in their configuration, no file having been loaded yet."""
+        layouts = self.sites[0].key.lora_groups
+        return [name for name in self.peft_config if name in layouts and layouts[name].declared]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter.
@@ -191,14 +251,17 @@ class AsymGQAModel(LoraModel):
         if not merge:
             _remove_hooks(self.model)
             model = unload(merge=False, progressbar=progressbar)
-            for site in attention_sites(model):
-                site.restore_head_counts()
+            for site in self.sites:
+                site.restore_geometry()
             return model
         name = self._adapter_to_merge(adapter_names)
+        self._warn_if_uninitialized([name])
         if safe_merge:
             self._check_finite(name)
-        plan = plan_export(self.model, self.head_groups(name), **layout)  # may refuse: nothing has changed yet
-        readers = [site.reader(name) for site in attention_sites(self.model)]
+        plan = plan_export(
+            self.model, self.head_groups(name), self.sites[0].shared_shape(name), **layout
+        )  # may refuse: nothing has changed yet
+        readers = [site.reader(name) for site in self.sites]
         _remove_hooks(self.model)
         model = unload(merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=[name])
         return export_plain_model(model, plan, readers)
@@ -210,6 +273,7 @@ class AsymGQAModel(LoraModel):
             ValueError: for several adapters, or one with NaNs under `safe_merge`; nothing is merged then.
         """
         name = self._adapter_to_merge(adapter_names)
+        self._warn_if_uninitialized([name])
         if safe_merge:
             self._check_finite(name)
         super().merge_adapter([name], safe_merge=safe_merge)
@@ -234,107 +298,11 @@ class AsymGQAModel(LoraModel):
         return names[0]
 
 
-def initial_groups(config: AsymGQAConfig, shape: HeadShape, num_layers: int) -> HeadGroups:
-    """The groups to wrap with: those given, random ones, or neighbours until a search finds better ones.
-
-    Raises:
-        ValueError: where counts, groups or cap do not fit the model.
-    """
-    num_groups, base_heads = config.num_key_value_heads, shape.base_kv_heads
-    if num_groups > base_heads:
-        raise ValueError(f"num_key_value_heads={num_groups} exceeds the base's {base_heads} KV heads: choose fewer.")
-    cap = config.max_group_size or default_max_group_size(shape.num_attention_heads, base_heads, num_groups)
-    if cap * num_groups < base_heads:
-        raise ValueError(
-            f"max_group_size={cap} is too small: {num_groups} groups cannot hold {base_heads} KV heads, "
-            f"use at least {-(-base_heads // num_groups)}."
-        )
-    if config.head_groups is not None:
-        return HeadGroups.from_lists(config.head_groups, num_layers, base_heads, num_groups)
-    if config.grouping == "random":
-        return HeadGroups.random(num_layers, base_heads, num_groups, config.seed)
-    return HeadGroups.neighbour(num_layers, base_heads, num_groups)
-
-
 def _short_names(targets: set[str], model: nn.Module) -> set[str]:
     """Last components of the names where they mean the same modules: what a person would have written."""
     short = {name.rpartition(".")[2] for name in targets}
     others = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - targets
     return targets if any(name.rpartition(".")[2] in short for name in others) else short
-
-
-def _check_modules_to_save(config: AsymGQAConfig, shared_names: Mapping[str, int]) -> None:
-    for name in shared_names:
-        parts = name.split(".")
-        enclosing = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        for saved in config.modules_to_save or ():
-            if any(module.endswith(saved) for module in enclosing):  # PEFT's rule
-                raise ValueError(
-                    f"modules_to_save names {saved!r}, which is or holds {name!r}: K and V are shared and trained "
-                    "whole, leave it out."
-                )
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP or ZeRO-3 hold parameters under other names and shapes than a file does."""
-    return any("_fsdp_wrapped_module" in name or hasattr(p, "ds_id") for name, p in model.named_parameters())
-
-
-def _check_adapter_tensors(given: Mapping[str, tuple], own: Mapping[str, tuple]) -> None:
-    """Raise one ValueError for all tensors that are missing, unknown or mis-shaped in an adapter's state dict.
-
-    Args:
-        given: name -> shape of what is to be loaded.
-        own: name -> shape of what the model holds, all of its adapters and the base.
-    """
-    if any(".base_layer." in key for key in given):
-        return  # a whole model's state dict, e.g. from accelerate
-    names = {_adapter_of(key) for key in given if key in own}
-    problems = [f"missing: {key}" for key in own if _adapter_of(key) in names - {None} and key not in given]
-    problems += [f"unknown: {key}" for key in given if key not in own]
-    problems += [
-        f"shape {tuple(given[key])} instead of {tuple(own[key])}: {key}"
-        for key in given.keys() & own.keys()
-        if given[key] != own[key]
-    ]
-    if not given:
-        problems = ["it holds no tensor of this model"]
-    if problems:
-        listed = "\n  ".join(sorted(problems))
-        raise ValueError(f"The adapter file does not fit this model and its adapter_config.json:\n  {listed}")
-
-
-def _adapter_of(key: str) -> str | None:
-    match = re.search(r"\.lora_\w+\.([^.]+)", key)
-    return match and match.group(1)
-
-
-def _check_not_sharded(model: nn.Module) -> None:
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        raise ValueError(
-            "The model is tensor-parallel (tp_plan): its heads are split over ranks, and groups would cross them. "
-            "Load it without tp_plan; use FSDP or a device_map."
-        )
-
-
-def _shared_layer(model: nn.Module, target_name: str, base_layer: nn.Module) -> SharedLayer:
-    family = find_family(model.config)
-    classes = {
-        family.fused_qkv: SharedQKV,
-        family.key: SharedKey,
-        family.value: SharedValue,
-        family.key_norm: SharedKeyNorm,
-    }
-    return classes[target_name](base_layer, head_shape(model.config), family)
-
-
-def _install_hooks(site: AttentionSite) -> None:
-    # Bound methods, so that a deep copy's hooks belong to the copy.
-    for layer in site.shared_layers():
-        site.attention.register_forward_pre_hook(layer.set_head_counts, with_kwargs=True)
-    if not site.family.fused_qkv:
-        site.query_source.register_forward_hook(site.key.scatter_queries)
-    site.output.register_forward_pre_hook(site.value.gather_heads)
 
 
 def _remove_hooks(model: nn.Module) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from ..families import Family, find_family, head_shape
+from ..families import Family, StandIn, find_family, head_shape
 from ..groups import HeadGroups, SlotLayout, slot_layout
-from ..heads import HeadShape
+from ..heads import HeadShape, SharedShape
+from .rope import rope_of, wide_config
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class ExportPlan:
             stores each once, and the other way round; None where there is no other.
         layouts: slots of every layer; all store the same number of K/V heads.
         cached_tokens: tokens in the cache that the layouts were compared at.
+        query_scale: factor of the queries that makes up for what the plain class divides scores by.
+        rotary_scale: factor of the queries' rotary part that takes over the base's scaled cosines and sines.
+        stand_in: how the plain class differs from the base's; None where it is the same.
     """
 
     plain: StockModel
@@ -46,10 +50,17 @@ class ExportPlan:
     other: StockModel | None
     layouts: tuple[SlotLayout, ...]
     cached_tokens: int
+    query_scale: float = 1.0
+    rotary_scale: float = 1.0
+    stand_in: StandIn | None = None
 
 
 def plan_export(
-    model: PreTrainedModel, groups: HeadGroups, duplicate_kv_heads: bool = False, cached_tokens: int | None = None
+    model: PreTrainedModel,
+    groups: HeadGroups,
+    heads: SharedShape | None = None,
+    duplicate_kv_heads: bool = False,
+    cached_tokens: int | None = None,
 ) -> ExportPlan:
     """Decide class, configuration and slots of the plain checkpoint.
 
@@ -61,6 +72,7 @@ def plan_export(
     Args:
         model: the base, wrapped or not.
         groups: of its KV heads.
+        heads: shape of the shared heads; default is the base's width.
         duplicate_kv_heads: store the K/V head of a large group more than once where fewer slots per K/V head then
             save more bytes of parameters than the further K/V heads add to parameters and cache.
         cached_tokens: tokens in the cache, over all sequences, for that comparison; default is one sequence of the
@@ -80,12 +92,14 @@ def plan_export(
         raise ValueError(f"cached_tokens={cached_tokens} must not be negative: give the tokens that the cache holds.")
     base = StockModel(type(model), copy.deepcopy(model.config))
     family, shape = find_family(model.config), head_shape(model.config)
+    if heads is not None and heads.head_dim != shape.head_dim:
+        return _plan_wide(base, groups, heads, family, cached_tokens)
     if not family.grouped or not family.explicit_head_dim:
         plain, layouts = _plan_fixed_slots(base, groups, family, shape)
         return ExportPlan(plain, base, None, layouts, cached_tokens)
     duplicated = _plan_duplicated(base, groups, family, shape, cached_tokens)
     try:
-        once = _first_accepted(_stored_once(base, groups, family, shape), base, groups)
+        once = _first_accepted(_stored_once(base, groups, family, shape), base, groups, shape)
     except ValueError:
         if not (duplicate_kv_heads and duplicated):
             raise
@@ -94,6 +108,36 @@ def plan_export(
     if duplicate_kv_heads and duplicated:
         taken, other = sorted((once, duplicated), key=lambda choice: _bytes(choice[1], shape, cached_tokens))
     return ExportPlan(taken[0], base, other and other[0], taken[1], cached_tokens)
+
+
+def _plan_wide(
+    base: StockModel, groups: HeadGroups, heads: SharedShape, family: Family, cached_tokens: int
+) -> ExportPlan:
+    """The plan for heads of another width than the base's: every K/V head once, in a class that says a head_dim."""
+    rope = rope_of(base.config, heads)
+    widened = replace(base, config=wide_config(base.config, heads, rope, family))
+    shape = replace(heads.base, head_dim=heads.head_dim, rotary_dim=heads.rotary_dim)
+    stand_in = family.wide_as or family.padded_as
+    candidates = _stored_once(widened, groups, family, shape)
+    classes = None
+    if stand_in is not None and stand_in.can_replace(base.config):
+        classes = _classes_of(widened, stand_in)
+    if classes is None:
+        stand_in = None
+    else:
+        candidates = [(*classes, groups.max_group_size * shape.queries_per_kv, stand_in.sets)]
+    plain, layouts = _first_accepted(candidates, widened, groups, shape)
+    query_scale = 1.0 if family.scale_in_config else math.sqrt(heads.head_dim / heads.base.head_dim)
+    return ExportPlan(
+        plain=plain,
+        base=base,
+        other=None,
+        layouts=layouts,
+        cached_tokens=cached_tokens,
+        query_scale=query_scale,
+        rotary_scale=rope.scores_scale,
+        stand_in=stand_in,
+    )
 
 
 def _stored_once(base: StockModel, groups: HeadGroups, family: Family, shape: HeadShape) -> Iterator[Candidate]:
@@ -127,7 +171,7 @@ def _plan_duplicated(
         (*padded, slots, family.padded_as.sets) if needs_padded[slots] else (*own, slots, {}) for slots in cheapest
     )
     try:
-        return _first_accepted(candidates, base, groups)
+        return _first_accepted(candidates, base, groups, shape)
     except ValueError:  # the caller tells of the refusal of whole groups
         return None
 
@@ -142,9 +186,9 @@ def _bytes(layouts: Sequence[SlotLayout], shape: HeadShape, cached_tokens: int) 
     return weights + sum(2 * cached_tokens * layout.kv_heads for layout in layouts)
 
 
-def _first_accepted(candidates: Iterable[Candidate], base: StockModel, groups: HeadGroups) -> Choice:
+def _first_accepted(candidates: Iterable[Candidate], base: StockModel, groups: HeadGroups, shape: HeadShape) -> Choice:
     """The first candidate that its configuration class accepts, with its layouts."""
-    shape, refusal = head_shape(base.config), None
+    refusal = None
     for model_class, config_class, slots, sets in candidates:
         layouts = _layouts(groups, shape, slots)
         try:
@@ -208,13 +252,20 @@ def _plan_fixed_slots(base: StockModel, groups: HeadGroups, family: Family, shap
 
 def _padded_class(base: StockModel, family: Family) -> tuple[type, type] | None:
     """Model and configuration class that stand in for padded slots, if the base qualifies."""
-    config, padded = base.config, family.padded_as
-    if padded is None or any(getattr(config, name, value) != value for name, value in padded.needs.items()):
+    if family.padded_as is None or not family.padded_as.can_replace(base.config):
         return None
-    config_class = CONFIG_MAPPING[padded.model_type]
-    own, other = type(config).__name__.removesuffix("Config"), config_class.__name__.removesuffix("Config")
-    stand_in = getattr(transformers, base.model_class.__name__.replace(own, other, 1), None)
-    return None if stand_in is None else (stand_in, config_class)
+    return _classes_of(base, family.padded_as)
+
+
+def _classes_of(base: StockModel, stand_in: StandIn) -> tuple[type, type] | None:
+    """Its model class for the base's task, and its configuration class; None where it has no such model."""
+    config_class = CONFIG_MAPPING[stand_in.model_type]
+    own = type(base.config).__name__.removesuffix("Config")
+    model_name = base.model_class.__name__.replace(own, config_class.__name__.removesuffix("Config"), 1)
+    model_class = getattr(transformers, model_name, None)
+    if model_class is None:
+        return None
+    return model_class, config_class
 
 
 def _plain_config(config_class, config, layout: SlotLayout, shape: HeadShape, sets: dict) -> PretrainedConfig:

@@ -1,11 +1,14 @@
-"""Where the attention layers of a supported model are, what they hold, and how to look at it undisturbed."""
+"""One attention layer: reads the base's projections, reads and writes an adapter's shared heads.
+
+What differs between families in how projections are laid out (fused or not, with norms or without) is dealt with here
+and in `families`; nobody else asks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -14,8 +17,21 @@ from torch import Tensor, nn
 
 from ..families import Family, find_family, head_shape
 from ..groups import Partition
-from ..heads import AttentionWeights, HeadShape, SharedHeads, SharedShape
-from .layer import SharedProjection, base_weight, write_head_counts
+from ..heads import AttentionWeights, HeadShape, SharedHeads, SharedShape, mean_heads
+from .layer import (
+    Geometry,
+    SharedKey,
+    SharedKeyNorm,
+    SharedLayer,
+    SharedProjection,
+    SharedQKV,
+    SharedValue,
+    base_weight,
+    write_geometry,
+)
+
+HeadWeights = tuple[Tensor, Tensor | None]
+"""Weight (heads, dimensions, E) and bias (heads, dimensions) or None of one projection."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +52,17 @@ class AttentionSite:
     family: Family
     shape: HeadShape
 
+    # ---- its modules ----
+
     @property
     def query_source(self) -> nn.Module:
-        """Module whose output is the attention's query."""
+        """Module whose output is the attention's query: a norm over all heads, or the projection."""
         return getattr(self.attention, self.family.query_source)
 
     @property
-    def output(self) -> nn.Module:
-        """Output projection, LoRA-wrapped or not."""
-        return getattr(self.attention, self.family.output)
+    def key_source(self) -> nn.Module:
+        """Module whose output is the attention's keys: a norm over all heads, or the projection."""
+        return self.key_norm or self.key
 
     @property
     def key(self) -> nn.Module:
@@ -57,137 +75,238 @@ class AttentionSite:
         return getattr(self.attention, self.family.shared_names[-1])
 
     @property
+    def output(self) -> nn.Module:
+        """Output projection, LoRA-wrapped or not."""
+        return getattr(self.attention, self.family.output)
+
+    @property
+    def query_norm(self) -> nn.Module | None:
+        """Norm that spans all queries, or None."""
+        return getattr(self.attention, self.family.query_norm) if self.family.query_norm else None
+
+    @property
+    def key_norm(self) -> nn.Module | None:
+        """Norm that spans all keys, or None: a `SharedKeyNorm` once wrapped."""
+        return getattr(self.attention, self.family.key_norm) if self.family.key_norm else None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one projection holds queries, keys and values."""
+        return self.family.fused_qkv is not None
+
+    @property
     def shared_names(self) -> tuple[str, ...]:
         """Full names of the modules that become shared."""
-        names = (*self.family.shared_names, *([self.family.key_norm] if self.family.key_norm else []))
+        names = list(self.family.shared_names)
+        if self.family.key_norm:
+            names.append(self.family.key_norm)
         return tuple(f"{self.name}.{name}" for name in names)
 
     def shared_layers(self) -> list[SharedProjection]:
         """The one or two shared projections, each once."""
-        return list(dict.fromkeys((self.key, self.value)))
+        return [self.key] if self.is_fused else [self.key, self.value]
+
+    # ---- the base ----
 
     def weights(self) -> AttentionWeights:
         """The base's projections, dequantised."""
-        query, query_bias = self._base_query()
-        key, key_bias = self.key.base_heads("key")
-        value, value_bias = self.value.base_heads("value")
-        key_norm = None
-        if self.family.key_norm:
-            norm = _base_layer(getattr(self.attention, self.family.key_norm))
-            key_norm = norm.weight.detach().unflatten(0, (-1, self.shape.head_dim))
-        return AttentionWeights(
-            query=query,
-            key=key.flatten(0, 1),
-            value=value.flatten(0, 1),
-            output=base_weight(_base_layer(self.output)),
-            query_bias=query_bias,
-            key_bias=None if key_bias is None else key_bias.flatten(),
-            value_bias=None if value_bias is None else value_bias.flatten(),
-            key_norm=key_norm,
-        )
+        parts = {}
+        for name, (weight, bias) in self._base_heads().items():
+            parts[name] = weight.flatten(0, 1)
+            parts[f"{name}_bias"] = None if bias is None else bias.flatten()
+        key_norm = None if self.key_norm is None else base_layer(self.key_norm).weight.detach()
+        return AttentionWeights(**parts, output=base_weight(base_layer(self.output)), key_norm=key_norm)
 
-    def _base_query(self) -> tuple[Tensor, Tensor | None]:
-        if self.family.fused_qkv:
-            weight, bias = self.key.base_heads("query")
-            return weight.flatten(0, 1), None if bias is None else bias.flatten()
-        linear = _base_layer(getattr(self.attention, self.family.query))
-        return base_weight(linear), None if linear.bias is None else linear.bias.detach()
+    def _base_heads(self) -> dict[str, HeadWeights]:
+        if self.is_fused:
+            weight, bias = self._heads_of(base_layer(self.key))
+            weights = self.family.split_fused(weight, self.shape)
+            biases = (None, None, None) if bias is None else self.family.split_fused(bias, self.shape)
+            return dict(zip(("query", "key", "value"), zip(weights, biases, strict=True), strict=True))
+        query = getattr(self.attention, self.family.query)
+        modules = {"query": query, "key": self.key, "value": self.value}
+        return {name: self._heads_of(base_layer(module)) for name, module in modules.items()}
 
-    def restore_head_counts(self) -> None:
-        """Undo what the adapter last told the attention module about head counts."""
-        write_head_counts(self.attention, self.family, self.shape.num_attention_heads, self.shape.base_kv_heads)
+    def _heads_of(self, linear: nn.Module) -> HeadWeights:
+        weight = base_weight(linear).unflatten(0, (-1, self.shape.head_dim))
+        if linear.bias is None:
+            return weight, None
+        return weight, linear.bias.detach().unflatten(0, (-1, self.shape.head_dim))
+
+    def query_heads(self) -> HeadWeights:
+        """Query heads of the plain model that is left once LoRA is merged, (H, D, E) and (H, D) or None."""
+        return self._base_heads()["query"]
+
+    def heads_of_outputs(self, outputs: dict[str, Tensor]) -> list[Tensor]:
+        """Queries (B, T, H D), keys and values (B, T, K D), from what the modules of `sources` returned."""
+        if not self.is_fused:
+            return [outputs["query"], outputs["key"], outputs["value"]]
+        fused = outputs["qkv"].unflatten(-1, (-1, self.shape.head_dim))
+        return [part.flatten(-2) for part in self.family.split_fused(fused, self.shape, fused.dim() - 2)]
+
+    def sources(self) -> dict[str, nn.Module]:
+        """Modules whose outputs are queries, keys and values before RoPE."""
+        if self.is_fused:
+            return {"qkv": self.key}
+        return {"query": self.query_source, "key": self.key_source, "value": self.value}
+
+    # ---- the adapter ----
+
+    def wrapped(self, name: str) -> SharedLayer:
+        """A new tuner layer around the module of that name, one of `shared_names`."""
+        attribute = name.rpartition(".")[2]
+        if attribute == self.family.key_norm:
+            layer_class = SharedKeyNorm
+        elif self.is_fused:
+            layer_class = SharedQKV
+        elif attribute == self.family.key:
+            layer_class = SharedKey
+        else:
+            layer_class = SharedValue
+        return layer_class(getattr(self.attention, attribute), self.shape, self.family)
+
+    def install_hooks(self) -> None:
+        """Connect the shared layers with each other and with the attention around them."""
+        # Bound methods, so that a deep copy's hooks belong to the copy.
+        self.attention.register_forward_pre_hook(self.key.set_geometry, with_kwargs=True)
+        if not self.is_fused:
+            self.value.follow(self.key)
+            self.query_source.register_forward_hook(self.key.scatter_queries)
+        if self.key_norm is not None:
+            self.key_norm.follow(self.key)
+        self.output.register_forward_pre_hook(self.value.gather_heads)
+
+    def restore_geometry(self) -> None:
+        """Undo what the adapter last told the attention module about its heads."""
+        write_geometry(self.attention, self.family, Geometry.of_base(self.shape))
+
+    def partition(self, adapter_name: str) -> Partition:
+        """The adapter's groups."""
+        return self.key.layout(adapter_name).partition
+
+    def cached_heads(self) -> tuple[int, int]:
+        """K/V heads that the cache holds in evaluation mode, and their dimensions."""
+        adapter_name = self.key.active() if isinstance(self.key, SharedProjection) else None
+        if adapter_name is None:
+            return self.shape.base_kv_heads, self.shape.head_dim
+        if not self.family.grouped:
+            return self.shape.num_attention_heads, self.shape.head_dim
+        layout = self.key.layout(adapter_name)
+        return layout.slots.kv_heads, layout.shape.head_dim
 
     def set_partition(self, adapter_name: str, partition: Partition) -> None:
-        """Lay the adapter's heads out for another partition of the base KV heads."""
-        for layer in self.shared_layers():
-            layer.set_partition(adapter_name, partition)
+        """Lay the adapter's heads out for other groups; its shared heads have to be written anew."""
+        self.key.layout(adapter_name).set_partition(partition)
+
+    def shared_shape(self, adapter_name: str) -> SharedShape:
+        """Shape of the adapter's shared heads."""
+        return self.key.layout(adapter_name).shape
+
+    def start(self, adapter_name: str) -> None:
+        """Write the shared heads that need no data, unless the adapter is on the meta device, to be loaded."""
+        linear = self.key.lora_kv[adapter_name]
+        if linear.weight.is_meta or base_layer(self.key).weight.is_meta:
+            return
+        partition, shape = self.partition(adapter_name), self.shared_shape(adapter_name)
+        declared = self.key.layout(adapter_name).declared
+        self.write(adapter_name, mean_heads(self.weights(), partition, shape))
+        self.key.layout(adapter_name).declared = declared
 
     def reader(self, adapter_name: str) -> Callable[[], SharedHeads]:
-        """What reads the adapter's shared heads, also once the adapter's layers have left the model.
-
-        It holds the adapter's own modules, and nothing of the base's.
-        """
-        modules = {"query_gain": _entry(self.key.lora_query_gain, adapter_name)}
-        modules["query_mix"] = _entry(self.key.lora_query_mix, adapter_name)
-        modules["value_mix"] = _entry(self.value.lora_value_mix, adapter_name)
-        if self.family.key_norm:
-            modules["key_norm"] = getattr(self.attention, self.family.key_norm).lora_norm[adapter_name]
-        projections = {layer.parts: layer.lora_kv[adapter_name] for layer in self.shared_layers()}
-        partition, shape = self.key.partitions[adapter_name], SharedShape.of_width(self.shape)
-        return partial(_read_heads, projections, modules, partition, shape)
+        """What reads the adapter's shared heads, also once the adapter's layers have left the model."""
+        return _Reader(self, adapter_name)
 
     @torch.no_grad()
     def write(self, adapter_name: str, heads: SharedHeads) -> None:
         """Make these the adapter's shared heads, groups included."""
-        self.set_partition(adapter_name, heads.partition)
-        if self.family.fused_qkv:
+        self.key.layout(adapter_name).set_partition(heads.partition, heads.shape.frequencies)
+        if self.is_fused:
             bias = None if heads.key_bias is None else torch.cat((heads.key_bias, heads.value_bias))
             _write_linear(self.key.lora_kv[adapter_name], torch.cat((heads.key, heads.value)), bias)
         else:
             _write_linear(self.key.lora_kv[adapter_name], heads.key, heads.key_bias)
             _write_linear(self.value.lora_kv[adapter_name], heads.value, heads.value_bias)
         if adapter_name in self.key.lora_query_gain:
-            gain = self.key.lora_query_gain[adapter_name].weight
+            weight = self.key.lora_query_gain[adapter_name].weight
             if heads.query_gain is None:
-                gain.zero_()
+                weight.zero_()
             else:
-                gain.copy_(torch.view_as_real(heads.query_gain.resolve_conj() - 1))
-        mixes = ((self.key.lora_query_mix, heads.query_mix), (self.value.lora_value_mix, heads.value_mix))
-        for modules, mix in mixes:
-            if adapter_name in modules:
-                weight = modules[adapter_name].weight
-                if mix is None:
-                    weight.zero_()
-                else:
-                    weight.copy_(mix - torch.eye(mix.shape[-1]).to(mix))
+                is_first = self.key.layout(adapter_name).is_first.to(heads.query_gain.device)
+                weight.copy_(torch.view_as_real(heads.query_gain.resolve_conj() - is_first))
+        _write_mix(self.key.lora_query_mix, adapter_name, heads.query_mix)
+        _write_mix(self.value.lora_value_mix, adapter_name, heads.value_mix)
         if heads.key_norm is not None:
-            norm = getattr(self.attention, self.family.key_norm).lora_norm[adapter_name]
-            norm.weight.copy_(heads.key_norm.flatten())
+            self.key_norm.lora_norm[adapter_name].weight.copy_(heads.key_norm.flatten())
 
     @torch.no_grad()
     def compose_value_mix(self, adapter_name: str, mix: Tensor) -> None:
         """Put another matrix (H, D, D) behind each head's value mix."""
         weight = self.value.lora_value_mix[adapter_name].weight
-        eye = torch.eye(weight.shape[-1]).to(mix)
-        weight.copy_(mix @ (weight.to(mix) + eye) - eye)
+        identity = torch.eye(*weight.shape[1:]).to(mix)
+        weight.copy_(mix @ (weight.to(mix) + identity) - identity)
 
+    # ---- the plain model ----
 
-@torch.no_grad()
-def _read_heads(
-    projections: Mapping[tuple[str, ...], nn.Linear],
-    modules: Mapping[str, nn.Module | None],
-    partition: Partition,
-    shape: SharedShape,
-) -> SharedHeads:
-    """An adapter's shared heads: views of its K/V weights, gains and mixes in float64."""
-    tensors = {}
-    for parts, linear in projections.items():
-        split = (len(parts), -1, shape.head_dim)
-        weights = linear.weight.detach().unflatten(0, split)
-        biases = None if linear.bias is None else linear.bias.detach().unflatten(0, split)
-        for index, part in enumerate(parts):
-            tensors[part] = weights[index]
-            tensors[f"{part}_bias"] = None if biases is None else biases[index]
-    for name, module in modules.items():
-        if module is None:
-            continue
-        weight = module.weight.detach()
-        if name == "query_gain":
-            tensors[name] = torch.view_as_complex(weight.double()) + 1
-        elif name == "key_norm":
-            tensors[name] = weight.unflatten(0, (-1, shape.head_dim))
+    def replace_projections(
+        self, query: HeadWeights, key: HeadWeights, value: HeadWeights, output: Tensor, unfuse: bool = False
+    ) -> None:
+        """Put plain projections of these heads in place; output is (E, heads * dimensions).
+
+        With `unfuse` a fused projection becomes three.
+        """
+        like = self.output.weight
+        if unfuse:
+            delattr(self.attention, self.family.fused_qkv)
+        if self.is_fused and not unfuse:
+            weight = self.family.join_fused(query[0], key[0], value[0])
+            bias = None if query[1] is None else self.family.join_fused(query[1], key[1], value[1])
+            _replace_linear(self.attention, self.family.fused_qkv, weight.flatten(0, 1), bias, like)
         else:
-            tensors[name] = weight.double() + torch.eye(weight.shape[-1]).to(weight.device, torch.float64)
-    return SharedHeads(partition, shape, **tensors)
+            named = {self.family.query: query, self.family.key: key, self.family.value: value}
+            for name, (weight, bias) in named.items():
+                _replace_linear(self.attention, name, weight.flatten(0, 1), bias, like)
+        _replace_linear(self.attention, self.family.output, output, self.output.bias, like)
+
+
+class _Reader:
+    """Reads an adapter's shared heads from its own modules, and holds nothing of the base's."""
+
+    def __init__(self, site: AttentionSite, adapter_name: str) -> None:
+        layout = site.key.layout(adapter_name)
+        self.partition, self.shape, self.is_first = layout.partition, layout.shape, layout.is_first
+        self.projections = {layer.parts: layer.lora_kv[adapter_name] for layer in site.shared_layers()}
+        self.query_gain = _entry(site.key.lora_query_gain, adapter_name)
+        self.query_mix = _entry(site.key.lora_query_mix, adapter_name)
+        self.value_mix = _entry(site.value.lora_value_mix, adapter_name)
+        self.key_norm = None if site.key_norm is None else site.key_norm.lora_norm[adapter_name]
+
+    @torch.no_grad()
+    def __call__(self) -> SharedHeads:
+        """Views of the K/V weights; gains and mixes in float64."""
+        tensors = {}
+        for parts, linear in self.projections.items():
+            split = (len(parts), len(self.partition), self.shape.head_dim)
+            weights = linear.weight.detach().unflatten(0, split)
+            biases = None if linear.bias is None else linear.bias.detach().unflatten(0, split)
+            for index, part in enumerate(parts):
+                tensors[part] = weights[index]
+                tensors[f"{part}_bias"] = None if biases is None else biases[index]
+        if self.query_gain is not None:
+            deviation = self.query_gain.weight.detach().double()
+            tensors["query_gain"] = torch.view_as_complex(deviation) + self.is_first
+        for name, mix in (("query_mix", self.query_mix), ("value_mix", self.value_mix)):
+            if mix is not None:
+                deviation = mix.weight.detach().double()
+                tensors[name] = deviation + torch.eye(*deviation.shape[1:]).to(deviation)
+        if self.key_norm is not None:
+            tensors["key_norm"] = self.key_norm.weight.detach().unflatten(0, (-1, self.shape.head_dim))
+        return SharedHeads(self.partition, self.shape, **tensors)
 
 
 def _entry(modules: nn.ModuleDict, name: str) -> nn.Module | None:
-    return modules[name] if name in modules else None
-
-
-def _base_layer(module: nn.Module) -> nn.Module:
-    """The base's own layer under whatever adapters wrap it."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if name in modules:
+        return modules[name]
+    return None
 
 
 def _write_linear(linear: nn.Linear, heads: Tensor, bias: Tensor | None) -> None:
@@ -198,6 +317,31 @@ def _write_linear(linear: nn.Linear, heads: Tensor, bias: Tensor | None) -> None
         linear.bias.zero_()
     else:
         linear.bias.copy_(bias.flatten())
+
+
+def _write_mix(mixes: nn.ModuleDict, adapter_name: str, mix: Tensor | None) -> None:
+    if adapter_name not in mixes:
+        return
+    weight = mixes[adapter_name].weight
+    if mix is None:
+        weight.zero_()
+    else:
+        weight.copy_(mix - torch.eye(*mix.shape[1:]).to(mix))
+
+
+def _replace_linear(attention: nn.Module, name: str, weight: Tensor, bias: Tensor | None, like: Tensor) -> None:
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    new.weight = nn.Parameter(weight.to(like).contiguous())
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().flatten().to(like).contiguous())
+    setattr(attention, name, new)
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The base's own layer under whatever adapters wrap it."""
+    if isinstance(module, BaseTunerLayer):
+        return module.get_base_layer()
+    return module
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -218,17 +362,17 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     config = getattr(model, "config", None)
     family, shape = find_family(config), head_shape(config)
     needed = (*family.shared_names, family.output)
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] == family.attention and all(hasattr(module, part) for part in needed)
-    ]
-    if not found:
+    sites = []
+    for name, module in model.named_modules():
+        is_attention = name.rpartition(".")[2] == family.attention
+        if is_attention and all(hasattr(module, part) for part in needed):
+            sites.append(AttentionSite(len(sites), name, module, family, shape))
+    if not sites:
         raise ValueError(
             f"No attention layer {family.attention!r} with {', '.join(needed)} was found in {type(model).__name__}: "
             "pass the transformers model itself, before any other surgery."
         )
-    return [AttentionSite(index, name, module, family, shape) for index, (name, module) in enumerate(found)]
+    return sites
 
 
 @contextmanager

@@ -15,15 +15,14 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..adapter.layer import SharedQKV
+from ..adapter.checks import largest_group
 from ..adapter.model import AsymGQAModel
-from ..adapter.site import AttentionSite, attention_sites
-from ..groups import HeadGroups, Partition, default_max_group_size, split_evenly
-from ..heads import AttentionWeights, SharedShape
+from ..adapter.site import AttentionSite, base_layer
+from ..groups import Partition, split_evenly
+from ..heads import AttentionWeights
 from ..method.merge import group_costs, head_similarity, merge_layer, merge_notes, pair_costs
 from ..method.refit import OutputRefit
 from ..method.search import search_partition
@@ -41,12 +40,10 @@ class Walk:
     def __init__(self, model: PeftModel, tuner: AsymGQAModel, adapter_name: str, streams: Streams):
         self.model, self.tuner, self.adapter, self.streams = model, tuner, adapter_name, streams
         self.config = tuner.peft_config[adapter_name]
-        self.sites = attention_sites(model)
+        self.sites = tuner.sites
         self.shape = self.sites[0].shape
-        self.shared_shape = SharedShape.of_width(self.shape)
-        self.cap = self.config.max_group_size or default_max_group_size(
-            self.shape.num_attention_heads, self.shape.base_kv_heads, self.config.num_key_value_heads
-        )
+        self.shared_shape = self.sites[0].shared_shape(adapter_name)
+        self.cap = largest_group(self.config, self.shape)
         self.layers = [tuner.model.get_submodule(site.name.rpartition(".")[0]) for site in self.sites]
         self.seconds: dict[str, float] = defaultdict(float)
         self.search_seconds = 0.0
@@ -78,19 +75,18 @@ class Walk:
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer) and self.adapter in layer.lora_B and _plain_start(self.config):
                 _write_lora(layer, self.adapter, None)
-        partitions, costs, neighbour_costs, similarities = [], [], [], []
+        costs, neighbour_costs, similarities = [], [], []
         bar = tqdm(self.sites, desc="initialising layers", unit="layer", disable=not progress or _rank() != 0)
         for site in bar:
-            partition, cost, neighbour_cost, similarity = self._layer(site)
-            partitions.append(partition)
+            cost, neighbour_cost, similarity = self._layer(site)
             costs.append(cost)
             neighbour_costs.append(neighbour_cost)
             similarities.append([matrix.tolist() for matrix in similarity])
             bar.set_postfix(cost=f"{cost:.4f}", neighbour=f"{neighbour_cost:.4f}")
-        groups = HeadGroups(tuple(partitions), self.shape.base_kv_heads)
-        self.config.head_groups = groups.to_lists()
+        self.tuner.record_head_groups(self.adapter)
+        self.config.initialized = True
         return InitializationReport(
-            head_groups=groups.to_lists(),
+            head_groups=self.config.head_groups,
             grouping=self.config.grouping,
             criterion=self.config.criterion,
             merge=self.config.merge,
@@ -105,7 +101,7 @@ class Walk:
             notes=[f"layers {_ranges(layers)}: {note}" for note, layers in self.notes.items()],
         )
 
-    def _layer(self, site: AttentionSite) -> tuple[Partition, float, float, tuple[Tensor, Tensor]]:
+    def _layer(self, site: AttentionSite) -> tuple[float, float, tuple[Tensor, Tensor]]:
         index = site.layer
         try:
             weights = site.weights()
@@ -124,7 +120,7 @@ class Walk:
                 self._refit(site, weights.output, targets)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from error
-        return partition, cost, neighbour_cost, similarity
+        return cost, neighbour_cost, similarity
 
     def _groups_and_targets(
         self, site: AttentionSite, moments: LayerMoments, on_gpu: bool
@@ -154,7 +150,7 @@ class Walk:
     def _moments(self, site: AttentionSite, weights: AttentionWeights) -> LayerMoments:
         """The layer's statistics on the original stream, on the CPU; projections run, attention and MLP do not."""
         statistics = LayerStatistics(site.shape, weights.output.device)
-        sources = _sources(site)
+        sources = site.sources()
         with self.model.disable_adapter(), recording(sources) as record, _stopping_at_last(sources, record):
             for batch, call in self.streams.through(self.layers[site.layer], site.layer, self.streams.original):
                 record.clear()
@@ -162,13 +158,13 @@ class Walk:
                     call()
                 if record.keys() != sources.keys():
                     break  # `recording` says which never ran
-                statistics.update(*_heads(site, record), mask=self.streams.masks[batch])
+                statistics.update(*site.heads_of_outputs(record), mask=self.streams.masks[batch])
         statistics.reduce()
         return statistics.moments(weights.output).to("cpu")
 
     def _targets(self, site: AttentionSite) -> list[Tensor]:
         """Advance the original stream by one layer; what the refit aims at, per batch."""
-        streams, bias = self.streams, _base(site.output).bias
+        streams, bias = self.streams, base_layer(site.output).bias
         targets = []
         with self.model.disable_adapter(), recording({"output": site.output}) as record:
             for batch, call in streams.through(self.layers[site.layer], site.layer, streams.original):
@@ -227,7 +223,7 @@ class Walk:
             targets[batch] = None  # its memory is needed to solve
             raise Stop
 
-        handle = _base(site.output).register_forward_pre_hook(collect)
+        handle = base_layer(site.output).register_forward_pre_hook(collect)
         try:
             for batch, call in streams.through(layer, site.layer, streams.current):  # noqa: B007 (read in the hook)
                 try:
@@ -270,14 +266,6 @@ class Walk:
 # ------------------------------------------------------------------------------------------- reading the model
 
 
-def _sources(site: AttentionSite) -> dict[str, nn.Module]:
-    """Modules whose outputs are queries, keys and values before RoPE."""
-    if isinstance(site.key, SharedQKV):
-        return {"qkv": site.key}
-    key = getattr(site.attention, site.family.key_norm) if site.family.key_norm else site.key
-    return {"query": site.query_source, "key": key, "value": site.value}
-
-
 @contextmanager
 def _stopping_at_last(sources: dict[str, nn.Module], record: dict[str, Tensor]) -> Iterator[None]:
     """Leave the forward once all sources are recorded, whatever their order."""
@@ -292,18 +280,6 @@ def _stopping_at_last(sources: dict[str, nn.Module], record: dict[str, Tensor]) 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _heads(site: AttentionSite, record: dict[str, Tensor]) -> list[Tensor]:
-    """Recorded queries (B, T, H D), keys and values (B, T, K D)."""
-    parts = ("query", "key", "value")
-    if "qkv" not in record:
-        return [record[part] for part in parts]
-    return [record["qkv"][..., site.key.base_rows(part, record["qkv"].device)] for part in parts]
-
-
-def _base(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _peak_memory() -> int:

@@ -1,0 +1,249 @@
+"""Which heads share one, as query slots of ordinary GQA, and what fits a query head to the shared head of its group.
+
+Axes: B batch, T positions, H query heads and K KV heads of the base, D head dimension and R rotary dimensions of the
+base, P = D - R, G shared heads of W dimensions, of which W_r are rotary, p query slots per shared head.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..groups import Partition, slot_layout
+from ..heads import SharedShape
+
+
+class HeadLayout(nn.Module):
+    """The groups of one layer: the one place that holds them, and the moves between heads and slots that follow.
+
+    The buffer `index` (K,), the group of each KV head, is saved and loaded with the weights, which mean nothing
+    without it: whatever writes it, `load_state_dict` or an assignment, lays the heads out anew. A wide head's
+    `frequencies` (W_r / 2,) travel in the same way. All other buffers follow from these.
+
+    Args:
+        partition: groups of base KV heads.
+        shape: of the shared heads.
+        device: of the buffers.
+        declared: whether the groups stand in the adapter's configuration. A first file that says otherwise does not
+            belong to it.
+    """
+
+    def __init__(self, partition: Partition, shape: SharedShape, device: torch.device, declared: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        self.declared = declared
+        self.register_buffer("index", torch.tensor(_group_of_head(partition), device=device))
+        if shape.head_dim != shape.base.head_dim:
+            self.register_buffer("frequencies", torch.tensor(shape.frequencies, device=device))
+        self._lay_out(partition)
+
+    def _lay_out(self, partition: Partition) -> None:
+        self.partition = partition
+        self.slots = slot_layout(partition, self.shape.base.queries_per_kv)
+        # An empty slot takes a copy of head 0: nothing reads what comes of it, and one gather is all it costs.
+        head_of_slot = [max(head, 0) for head in self.slots.head_of_slot]
+        group_of_query = []
+        for group in _group_of_head(partition):
+            group_of_query += [group] * self.shape.base.queries_per_kv
+        pairs = list(self.shape.frequencies)
+        rotary_rows = pairs + [pair + self.shape.base.rotary_dim // 2 for pair in pairs]
+        indices = {
+            "head_of_slot": head_of_slot,
+            "slot_of_head": self.slots.slot_of_head,
+            "group_of_query": group_of_query,
+            "rotary_rows": rotary_rows,
+            "is_first": first_of_frequency(pairs),
+        }
+        for name, index in indices.items():
+            buffer = torch.tensor(index, dtype=torch.long, device=self.index.device)
+            self.register_buffer(name, buffer, persistent=False)
+        self.moves_queries = self.slots.head_of_slot != tuple(range(len(self.slots.slot_of_head)))
+        repeats = Counter(pairs).values()
+        self.is_even = len(set(repeats)) == 1 and len(repeats) == self.shape.base.rotary_dim // 2
+
+    def set_partition(self, partition: Partition, frequencies: tuple[int, ...] | None = None) -> None:
+        """Lay the heads out for other groups, and a wide head for other frequencies."""
+        if frequencies is not None and frequencies != self.shape.frequencies:
+            self.shape = SharedShape(self.shape.base, self.shape.head_dim, frequencies)
+            self.frequencies.copy_(torch.tensor(frequencies))
+        with torch.no_grad():
+            self.index.copy_(torch.tensor(_group_of_head(partition)))
+        self.declared = False
+        self._lay_out(partition)
+
+    def checked_partition(self, index: Tensor) -> Partition:
+        """The groups that `index` (K,) says.
+
+        Raises:
+            ValueError: unless it holds a group in range(G) for each head, none empty; or where it is the first to be
+                loaded and contradicts the configuration.
+        """
+        heads, groups = self.shape.base.base_kv_heads, len(self.partition)
+        if index.shape != (heads,) or index.is_floating_point():
+            raise ValueError(
+                f"head groups in the weights are {index.dtype} of shape {tuple(index.shape)}: they must be "
+                f"{heads} integers, the group of each KV head. The file is damaged or belongs to another base."
+            )
+        members: list[list[int]] = [[] for _ in range(groups)]
+        for head, group in enumerate(index.tolist()):
+            if not 0 <= group < groups:
+                raise ValueError(f"head groups in the weights name group {group}, num_key_value_heads is {groups}.")
+            members[group].append(head)
+        if not all(members):
+            raise ValueError(f"head groups in the weights leave a group empty: {index.tolist()}.")
+        partition = tuple(tuple(group) for group in members)
+        if self.declared and partition != self.partition:
+            raise ValueError(
+                f"head_groups of the configuration and of the weights contradict each other: {self.partition} and "
+                f"{partition}. Take both from one saved adapter, or leave head_groups out of the configuration."
+            )
+        return partition
+
+    def checked_frequencies(self, frequencies: Tensor) -> tuple[int, ...]:
+        """The rotary frequencies of a wide head that a file says; ValueError unless they fit the base."""
+        found = tuple(frequencies.tolist())
+        pairs = self.shape.base.rotary_dim // 2
+        fits = len(found) == len(self.shape.frequencies) and all(0 <= pair < pairs for pair in found)
+        if frequencies.is_floating_point() or not fits or list(found) != sorted(found):
+            raise ValueError(
+                f"rotary frequencies in the weights are {found}: they must be {len(self.shape.frequencies)} of the "
+                f"base's 0..{pairs - 1}, in ascending order. The file is damaged or belongs to another base."
+            )
+        return found
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("index", "frequencies") and name in self._buffers and not value.is_meta:
+            # An assignment: transformers' own load_adapter, and load_state_dict(assign=True).
+            self._adopt(**{name: value})
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        index, frequencies = state_dict.get(prefix + "index"), state_dict.get(prefix + "frequencies")
+        self._adopt(index, frequencies)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _adopt(self, index: Tensor | None = None, frequencies: Tensor | None = None) -> None:
+        if frequencies is not None:
+            self.shape = SharedShape(self.shape.base, self.shape.head_dim, self.checked_frequencies(frequencies))
+        partition = self.partition if index is None else self.checked_partition(index)
+        if index is not None:
+            self.declared = False
+        self._lay_out(partition)
+
+    def to_query_heads(self, shared: Tensor) -> Tensor:
+        """Shared heads (B, T, G, W) -> (B, T, H, W), each query head with the one of its group."""
+        return shared.index_select(-2, self.group_of_query)
+
+    def scatter(self, heads: Tensor) -> Tensor:
+        """Query heads (B, T, H, W) -> slots (B, T, G p, W). Nothing reads what an empty slot attends to."""
+        if self.moves_queries:
+            return heads.index_select(-2, self.head_of_slot)
+        return heads
+
+    def gather(self, slots: Tensor) -> Tensor:
+        """Slots (B, T, G p, W) -> query heads (B, T, H, W)."""
+        if self.moves_queries:
+            return slots.index_select(-2, self.slot_of_head)
+        return slots
+
+    def widen_positions(self, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, T, R) of the base -> those at the frequencies of a wide head, (B, T, W_r)."""
+        cos, sin = positions
+        return cos.index_select(-1, self.rotary_rows), sin.index_select(-1, self.rotary_rows)
+
+    def sum_by_frequency(self, pairs: Tensor) -> Tensor:
+        """(..., W_r / 2) -> (..., R / 2): the sum over all pairs of a shared head that turn at one frequency."""
+        base_pairs = self.shape.base.rotary_dim // 2
+        if self.is_even:
+            return pairs.unflatten(-1, (base_pairs, -1)).sum(-1)
+        frequencies = self.rotary_rows[: len(self.shape.frequencies)]
+        turns_at = frequencies[:, None] == torch.arange(base_pairs, device=pairs.device)
+        return pairs @ turns_at.to(pairs.dtype)
+
+
+class RotaryGain(nn.Module):
+    """A complex gain for each query head and rotary pair of the shared head; it commutes with RoPE.
+
+    `weight` (H, W_r / 2, 2) holds real and imaginary part of the gain's deviation from 1 in the first pair of each
+    frequency, and from 0 in further pairs of it: near zero, bf16 resolves small steps, and weight decay pulls towards
+    the head as it is.
+    """
+
+    def __init__(self, shape: SharedShape, **factory) -> None:
+        super().__init__()
+        pairs = len(shape.frequencies)
+        self.base_pairs = shape.base.rotary_dim // 2
+        self.weight = nn.Parameter(torch.zeros(shape.base.num_attention_heads, pairs, 2, **factory))
+
+    def fit_query(self, query: Tensor, layout: HeadLayout) -> Tensor:
+        """Rotary part of the queries (B, T, H, R) -> of the fitted queries, (B, T, H, W_r)."""
+        wide = layout.shape.rotary_dim != query.shape[-1]
+        first, second = query.chunk(2, dim=-1)
+        if wide:
+            first, second = query.index_select(-1, layout.rotary_rows).chunk(2, dim=-1)
+        real, imag = self.weight.to(query.dtype).unbind(-1)
+        own_first, own_second = first, second
+        if wide:
+            own_first, own_second = first * layout.is_first, second * layout.is_first
+        turned = (own_first + first * real - second * imag, own_second + second * real + first * imag)
+        return torch.cat(turned, dim=-1)
+
+    def decode_key(self, shared: Tensor, layout: HeadLayout) -> Tensor:
+        """Rotary part of the shared keys (B, T, H, W_r) -> each query head's own key, (B, T, H, R).
+
+        Re(gain q conj(z)) = Re(q conj(conj(gain) z)): the conjugate gain does to the key what the gain does to the
+        query. Pairs of one frequency add up.
+        """
+        first, second = shared.chunk(2, dim=-1)
+        real, imag = self.weight.to(shared.dtype).unbind(-1)
+        turned_first, turned_second = first * real + second * imag, second * real - first * imag
+        if layout.shape.rotary_dim == 2 * self.base_pairs:
+            return torch.cat((first + turned_first, second + turned_second), dim=-1)
+        own_first = layout.sum_by_frequency(first * layout.is_first + turned_first)
+        own_second = layout.sum_by_frequency(second * layout.is_first + turned_second)
+        return torch.cat((own_first, own_second), dim=-1)
+
+
+class HeadMix(nn.Module):
+    """A matrix for each query head; `weight` (H, M, N) holds its deviation from the identity's first M rows."""
+
+    def __init__(self, num_heads: int, rows: int, columns: int, **factory) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_heads, rows, columns, **factory))
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """(B, T, H, N) -> (B, T, H, M): each head's vector through its matrix."""
+        mixed = torch.einsum("...hn,hmn->...hm", heads, self.weight.to(heads.dtype))
+        return _resized(heads, self.weight.shape[1]) + mixed
+
+    def transposed(self, heads: Tensor) -> Tensor:
+        """(B, T, H, M) -> (B, T, H, N): each head's vector through the transpose."""
+        mixed = torch.einsum("...hm,hmn->...hn", heads, self.weight.to(heads.dtype))
+        return _resized(heads, self.weight.shape[2]) + mixed
+
+
+def first_of_frequency(frequencies: list[int]) -> list[int]:
+    """1 for each pair of a shared head that is the first to turn at its frequency, 0 for the others."""
+    first = []
+    for pair, frequency in enumerate(frequencies):
+        first.append(int(pair == 0 or frequencies[pair - 1] != frequency))
+    return first
+
+
+def _resized(vectors: Tensor, size: int) -> Tensor:
+    """(..., N) -> (..., size): cut off, or filled up with zeros."""
+    if vectors.shape[-1] >= size:
+        return vectors[..., :size]
+    return F.pad(vectors, (0, size - vectors.shape[-1]))
+
+
+def _group_of_head(partition: Partition) -> list[int]:
+    """The group of each KV head, K long."""
+    groups = [0] * sum(len(group) for group in partition)
+    for index, group in enumerate(partition):
+        for head in group:
+            groups[head] = index
+    return groups
