@@ -243,11 +243,11 @@ class Walk:
         factors = refit.low_rank(rank, scaling)
         if self.adapter in site.value.lora_value_mix:
             mix = refit.head_mix(site.shape.num_attention_heads)
-            mixed = refit.behind(mix)
-            behind = mixed.low_rank(rank, scaling)
-            if mixed.objective(_product(behind, scaling)) < refit.objective(_product(factors, scaling)):
+            mixed = refit.with_head_mix(mix)
+            mixed_factors = mixed.low_rank(rank, scaling)
+            if mixed.objective(_product(mixed_factors, scaling)) < refit.objective(_product(factors, scaling)):
                 site.compose_value_mix(self.adapter, mix)
-                factors = behind
+                factors = mixed_factors
         _write_lora(lora, self.adapter, factors)
 
     def _no_refit(self, site: AttentionSite) -> str | None:
