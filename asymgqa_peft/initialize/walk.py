@@ -24,7 +24,8 @@ from ..adapter.model import AsymGQAModel
 from ..adapter.site import AttentionSite, attention_sites
 from ..groups import HeadGroups, Partition, default_max_group_size, split_evenly
 from ..heads import AttentionWeights, SharedShape
-from ..method.merge import group_costs, head_similarity, merge_layer, merge_notes, pair_costs
+from ..method.costs import group_costs, head_similarity, pair_costs
+from ..method.merge import merge_layer, merge_notes
 from ..method.refit import OutputRefit
 from ..method.search import search_partition
 from ..method.statistics import LayerMoments, LayerStatistics, sum_over_ranks
@@ -188,7 +189,7 @@ class Walk:
         """The layer's groups, their cost, that of neighbours, and how alike heads are; on the CPU, in threads."""
         start = time.perf_counter()
         quick = moments.for_search()
-        principal = pair_costs(quick, self.shape, "residual", "principal")
+        principal = pair_costs(quick, "residual", "principal")
         groups = self._group(quick if self.config.merge == "principal" else moments, principal, index)
         similarity = head_similarity(moments, principal)
         self.search_seconds += time.perf_counter() - start
@@ -197,7 +198,7 @@ class Walk:
     def _group(self, moments: LayerMoments, principal: Tensor, index: int) -> tuple[Partition, float, float]:
         """The layer's groups: kept if they need no data, searched otherwise. `principal`: principal pair costs."""
         config, shape = self.config, self.shape
-        costs = partial(group_costs, moments, shape=shape, criterion=config.criterion, merge=config.merge)
+        costs = partial(group_costs, moments, shape=self.shared_shape, criterion=config.criterion, merge=config.merge)
         if config.grouping in ("symmetric", "asymmetric"):
             known = (config.criterion, config.merge) == ("residual", "principal")
             found = search_partition(
@@ -207,7 +208,7 @@ class Walk:
                 self.cap,
                 symmetric=config.grouping == "symmetric",
                 seed=config.seed,
-                pair_costs=principal if known else pair_costs(moments, shape, config.criterion, config.merge),
+                pair_costs=principal if known else pair_costs(moments, config.criterion, config.merge),
             )
             return found.partition, found.cost, found.neighbour_cost
         partition = self.tuner.head_groups(self.adapter).layers[index]

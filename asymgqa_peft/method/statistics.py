@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..heads import HeadShape
-from .linalg import ROOT_FLOOR, TINY, hermitian, metric_root, outer_sum, product_dtype, products
+from .linalg import ROOT_FLOOR, TINY, blocks_of, hermitian, metric_root, outer_sum, product_dtype, products
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,19 @@ class LayerMoments:
     def value_energy(self) -> Tensor:
         """Mean squared contribution of the heads to o_proj's output, summed over heads; a scalar."""
         return torch.diagonal(self.value_cov).sum(dtype=torch.float64)
+
+    def key_blocks(self, members: Tensor) -> tuple[Tensor, Tensor]:
+        """``key_gram`` and ``key_root`` of b groups of n heads, (b, n): (b, F, n, n) and (b, F, n), both complex."""
+        gram = self.key_gram[:, members[:, :, None], members[:, None, :]].transpose(0, 1)
+        return gram, self.key_root[:, members].transpose(0, 1).to(gram.dtype)
+
+    def pass_blocks(self, members: Tensor) -> tuple[Tensor, Tensor]:
+        """``key_pass`` and ``pass_root`` of b groups of n heads, (b, n): (b, n P, n P) and (b, n, P, P)."""
+        return blocks_of(self.key_pass, members, self.shape.pass_dim), self.pass_root[members]
+
+    def value_blocks(self, members: Tensor) -> tuple[Tensor, Tensor]:
+        """``value_cov`` and ``value_root`` of b groups of n heads, (b, n): (b, n D, n D) and (b, n, D, D)."""
+        return blocks_of(self.value_cov, members, self.shape.head_dim), self.value_root[members]
 
     def for_search(self) -> LayerMoments:
         """The same with values in float32, for costs under merge="principal".
