@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from peft import LoraConfig, PeftType
 
+from .choices import Criterion, Grouping, Merge
 from .families import SHARED_PROJECTION_NAMES
 from .groups import validate_nesting
-
-Grouping = Literal["neighbour", "random", "symmetric", "asymmetric"]
-Criterion = Literal["cosine", "residual"]
-Merge = Literal["mean", "aligned", "principal"]
 
 _NOT_SUPPORTED = {
     "layer_replication": "it duplicates layers that share one set of weights",

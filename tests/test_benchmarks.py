@@ -15,8 +15,8 @@ from torch import nn
 
 from asymgqa_peft.adapter.site import attention_sites
 from asymgqa_peft.attention import register_grouped_sdpa
-from asymgqa_peft.heads import HeadShape
-from asymgqa_peft.method.merge import group_costs
+from asymgqa_peft.heads import HeadShape, SharedShape
+from asymgqa_peft.method.costs import group_costs
 from asymgqa_peft.method.statistics import LayerStatistics
 from asymgqa_peft.method.threads import map_in_threads
 
@@ -183,12 +183,12 @@ def test_costs_do_not_depend_on_threads(two_threads):
     statistics.update(*(torch.randn(2, 200, 48, generator=generator) for _ in range(3)))
     moments = statistics.moments(torch.randn(48, 48, generator=generator))
     groups = [(0, 1), (2, 3), (1, 4, 5), (0, 2, 3, 4), (5,)]
-    threaded = group_costs(moments, groups, shape, "residual", "principal")
+    shared = SharedShape.of_width(shape)
+    threaded = group_costs(moments, groups, shared, "residual", "principal")
     torch.set_num_threads(1)
     assert threaded.min() == 0 < threaded.max()
-    torch.testing.assert_close(
-        threaded, group_costs(moments, groups, shape, "residual", "principal"), rtol=1e-12, atol=0
-    )
+    alone = group_costs(moments, groups, shared, "residual", "principal")
+    torch.testing.assert_close(threaded, alone, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-gqa", "phi3", "olmo2"])

@@ -9,7 +9,8 @@ from torch import nn
 
 from asymgqa_peft.heads import HeadShape
 from asymgqa_peft.initialize.streams import recording
-from asymgqa_peft.method.statistics import LayerMoments, LayerStatistics, metric_root
+from asymgqa_peft.method.linalg import metric_root
+from asymgqa_peft.method.statistics import LayerMoments, LayerStatistics
 
 SHAPES = {
     "mha": HeadShape(24, 4, 4, 8, 8),

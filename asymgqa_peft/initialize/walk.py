@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,8 +23,10 @@ from ..adapter.checks import largest_group
 from ..adapter.model import AsymGQAModel
 from ..adapter.site import AttentionSite, base_layer
 from ..groups import Partition, split_evenly
-from ..heads import AttentionWeights
-from ..method.merge import group_costs, head_similarity, merge_layer, merge_notes, pair_costs
+from ..heads import AttentionWeights, SharedShape
+from ..method.costs import group_costs, head_similarity, pair_costs
+from ..method.frequencies import next_eigenvalues, widened_frequencies
+from ..method.merge import merge_layer, merge_notes
 from ..method.refit import OutputRefit
 from ..method.search import search_partition
 from ..method.statistics import LayerMoments, LayerStatistics, sum_over_ranks
@@ -75,6 +78,7 @@ class Walk:
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer) and self.adapter in layer.lora_B and _plain_start(self.config):
                 _write_lora(layer, self.adapter, None)
+        self._choose_frequencies()
         costs, neighbour_costs, similarities = [], [], []
         bar = tqdm(self.sites, desc="initialising layers", unit="layer", disable=not progress or _rank() != 0)
         for site in bar:
@@ -100,6 +104,31 @@ class Walk:
             peak_memory=_peak_memory(),
             notes=[f"layers {_ranges(layers)}: {note}" for note, layers in self.notes.items()],
         )
+
+    def _choose_frequencies(self) -> None:
+        """Give the dimensions of a width that is no multiple of the base's to the frequencies of most energy.
+
+        All layers turn at the same frequencies, so a walk of its own along the original stream collects, at the
+        largest multiple, what one more pair of each frequency would keep.
+        """
+        base, wanted = self.shape, self.shared_shape
+        if wanted.head_dim % base.head_dim == 0 or not wanted.frequencies:
+            return
+        self.shared_shape = SharedShape.of_width(base, wanted.head_dim // base.head_dim * base.head_dim)
+        start, energies = list(self.streams.original), []
+        with self._timed("frequencies"):
+            for site in self.sites:
+                moments = self._moments(site, site.weights())
+                (partition, *_), _ = self._search(moments, site.layer)
+                energies.append(next_eigenvalues(moments, partition, self.shared_shape))
+                with self.model.disable_adapter():
+                    for batch, call in self.streams.through(
+                        self.layers[site.layer], site.layer, self.streams.original
+                    ):
+                        self.streams.original[batch] = call().to(self.streams.home)
+        self.streams.original = start
+        frequencies = widened_frequencies(energies, self.shared_shape, len(wanted.frequencies))
+        self.shared_shape = replace(wanted, frequencies=frequencies)
 
     def _layer(self, site: AttentionSite) -> tuple[float, float, tuple[Tensor, Tensor]]:
         index = site.layer
@@ -184,7 +213,7 @@ class Walk:
         """The layer's groups, their cost, that of neighbours, and how alike heads are; on the CPU, in threads."""
         start = time.perf_counter()
         quick = moments.for_search()
-        principal = pair_costs(quick, self.shape, "residual", "principal")
+        principal = pair_costs(quick, "residual", "principal")
         groups = self._group(quick if self.config.merge == "principal" else moments, principal, index)
         similarity = head_similarity(moments, principal)
         self.search_seconds += time.perf_counter() - start
@@ -193,7 +222,7 @@ class Walk:
     def _group(self, moments: LayerMoments, principal: Tensor, index: int) -> tuple[Partition, float, float]:
         """The layer's groups: kept if they need no data, searched otherwise. `principal`: principal pair costs."""
         config, shape = self.config, self.shape
-        costs = partial(group_costs, moments, shape=shape, criterion=config.criterion, merge=config.merge)
+        costs = partial(group_costs, moments, shape=self.shared_shape, criterion=config.criterion, merge=config.merge)
         if config.grouping in ("symmetric", "asymmetric"):
             known = (config.criterion, config.merge) == ("residual", "principal")
             found = search_partition(
@@ -203,7 +232,7 @@ class Walk:
                 self.cap,
                 symmetric=config.grouping == "symmetric",
                 seed=config.seed,
-                pair_costs=principal if known else pair_costs(moments, shape, config.criterion, config.merge),
+                pair_costs=principal if known else pair_costs(moments, config.criterion, config.merge),
             )
             return found.partition, found.cost, found.neighbour_cost
         partition = self.tuner.head_groups(self.adapter).layers[index]
@@ -239,11 +268,11 @@ class Walk:
         factors = refit.low_rank(rank, scaling)
         if self.adapter in site.value.lora_value_mix:
             mix = refit.head_mix(site.shape.num_attention_heads)
-            mixed = refit.behind(mix)
-            behind = mixed.low_rank(rank, scaling)
-            if mixed.objective(_product(behind, scaling)) < refit.objective(_product(factors, scaling)):
+            mixed = refit.with_head_mix(mix)
+            mixed_factors = mixed.low_rank(rank, scaling)
+            if mixed.objective(_product(mixed_factors, scaling)) < refit.objective(_product(factors, scaling)):
                 site.compose_value_mix(self.adapter, mix)
-                factors = behind
+                factors = mixed_factors
         _write_lora(lora, self.adapter, factors)
 
     def _no_refit(self, site: AttentionSite) -> str | None:

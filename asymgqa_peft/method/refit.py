@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor
 
-from .statistics import counted, outer_sum, sum_over_ranks
+from .linalg import outer_sum
+from .statistics import sum_over_ranks, tokens_that_count
 
 DAMPING = 1e-3
 """Ridge strength, relative to the mean diagonal of the inputs' Gram (1e-4 to 1e-2 gave perplexities within 0.3 %)."""
@@ -15,8 +16,8 @@ DAMPING = 1e-3
 _MIX_DAMPING = 1e-4
 """Ridge strength of the heads' mixes, relative to the mean diagonal of W_h^T W_h."""
 
-_SPARE, _STEPS = 16, 12
-"""Spare vectors and steps of the subspace iteration."""
+_SPARE_VECTORS, _STEPS = 16, 12
+"""Of the subspace iteration that `low_rank` uses."""
 
 
 class OutputRefit:
@@ -42,7 +43,8 @@ class OutputRefit:
 
     def update(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> None:
         """Add one batch: inputs Z^T (B, T, H D), targets Y^T (B, T, E), mask (B, T) nonzero at tokens that count."""
-        inputs, targets = (counted(x, mask).to(self.weight.device) for x in (inputs, targets))
+        inputs = tokens_that_count(inputs, mask).to(self.weight.device)
+        targets = tokens_that_count(targets, mask).to(self.weight.device)
         self._inputs += outer_sum(inputs, inputs)
         self._cross += outer_sum(targets, inputs)
         self._change = None
@@ -80,15 +82,19 @@ class OutputRefit:
         change = self.change()
         basis = _top_eigenvectors(change @ self._residual().T, rank)
         lora_a, lora_b = basis.T @ change, basis
-        # Both factors equally large: neither trains faster than the other.
-        # Not for a change of nothing, where both would be zero and no gradient could leave it.
+        # Both factors become equally large, so that neither trains faster than the other. A change of nothing stays
+        # unbalanced: both factors would be zero, and no gradient could leave it.
         balance = (torch.maximum(lora_a.norm(), 1e-6 * self.weight.norm()) / lora_b.norm()).sqrt()
         share = abs(scaling) ** 0.5
         lora_a, lora_b = lora_a / (balance * share), lora_b * balance / share
-        return lora_a, lora_b if scaling > 0 else -lora_b
+        if scaling < 0:
+            lora_b = -lora_b
+        return lora_a, lora_b
 
     def head_mix(self, heads: int) -> Tensor:
         """(H, D, D) matrices N_h in front of each head's columns W_h: W_h N_h is nearest to the solution's columns.
+
+        D is the width that o_proj reads from a head, whatever the width of the shared heads.
 
         They take the part of the change that stays within what a head writes anyway, at any rank, and leave less to
         the low-rank change.
@@ -100,20 +106,19 @@ class OutputRefit:
         ridge = strength[:, None, None] * torch.eye(metric.shape[-1]).to(metric)
         return torch.linalg.solve(metric + ridge, columns.mT @ wanted + ridge)
 
-    def behind(self, mix: Tensor) -> OutputRefit:
-        """The same regression once the matrices (H, D, D) stand in front of o_proj."""
-        block, other = torch.block_diag(*mix), copy.copy(self)
-        other._inputs, other._cross, other._change = block @ self._inputs @ block.mT, self._cross @ block.mT, None
-        return other
+    def with_head_mix(self, mix: Tensor) -> OutputRefit:
+        """The same regression once the matrices (H, D, D) stand in front of o_proj and change its inputs."""
+        block = torch.block_diag(*mix)
+        mixed = copy.copy(self)
+        mixed._inputs = block @ self._inputs @ block.mT
+        mixed._cross = self._cross @ block.mT
+        mixed._change = None
+        return mixed
 
     def objective(self, change: Tensor) -> Tensor:
         """||Y - (W + X) Z||^2 - ||Y||^2 of a change X, from the sums alone; a scalar."""
         solution = self.weight + change
         return ((solution @ self._inputs) * solution).sum() - 2 * (solution * self._cross).sum()
-
-    def error_change(self, change: Tensor) -> Tensor:
-        """||Y - (W + X) Z||^2 - ||Y - W Z||^2 of a change X, from the sums alone; a scalar, negative is better."""
-        return ((change @ self._inputs) * change).sum() - 2 * (change * self._residual()).sum()
 
     def _residual(self) -> Tensor:
         return self._cross - self.weight @ self._inputs
@@ -126,10 +131,11 @@ def _top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     leaves of the optimum, projecting on orthonormal vectors cannot raise the refit's objective.
     """
     symmetric = (matrix + matrix.mT) / 2
-    size = 2 * rank + _SPARE
+    size = 2 * rank + _SPARE_VECTORS
     if size * 4 > len(symmetric):
         return torch.linalg.eigh(symmetric)[1][:, -rank:]
-    generator = torch.Generator().manual_seed(0)  # on the CPU, so that every device starts alike
+    # Drawn on the CPU, so that every device starts alike.
+    generator = torch.Generator().manual_seed(0)
     basis = torch.randn(len(symmetric), size, generator=generator, dtype=torch.float64).to(symmetric)
     for _ in range(_STEPS):
         basis = torch.linalg.qr(symmetric @ basis)[0]

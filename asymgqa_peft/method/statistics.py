@@ -6,7 +6,7 @@ sums of several processes simply add up. ``LayerStatistics`` accumulates, ``Laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -14,11 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..heads import HeadShape
-from .threads import map_in_threads
-
-_ROOT_FLOOR = 1e-8
-"""Least eigenvalue of a metric, relative to its largest: the root has an inverse, whatever the weights."""
-_TINY = 1e-60
+from .linalg import ROOT_FLOOR, TINY, blocks_of, hermitian, metric_root, outer_sum, product_dtype, products
 
 
 @dataclass(frozen=True)
@@ -67,13 +63,27 @@ class LayerMoments:
         """Mean squared contribution of the heads to o_proj's output, summed over heads; a scalar."""
         return torch.diagonal(self.value_cov).sum(dtype=torch.float64)
 
+    def key_blocks(self, members: Tensor) -> tuple[Tensor, Tensor]:
+        """``key_gram`` and ``key_root`` of b groups of n heads, (b, n): (b, F, n, n) and (b, F, n), both complex."""
+        gram = self.key_gram[:, members[:, :, None], members[:, None, :]].transpose(0, 1)
+        return gram, self.key_root[:, members].transpose(0, 1).to(gram.dtype)
+
+    def pass_blocks(self, members: Tensor) -> tuple[Tensor, Tensor]:
+        """``key_pass`` and ``pass_root`` of b groups of n heads, (b, n): (b, n P, n P) and (b, n, P, P)."""
+        return blocks_of(self.key_pass, members, self.shape.pass_dim), self.pass_root[members]
+
+    def value_blocks(self, members: Tensor) -> tuple[Tensor, Tensor]:
+        """``value_cov`` and ``value_root`` of b groups of n heads, (b, n): (b, n D, n D) and (b, n, D, D)."""
+        return blocks_of(self.value_cov, members, self.shape.head_dim), self.value_root[members]
+
     def for_search(self) -> LayerMoments:
         """The same with values in float32, for costs under merge="principal".
 
         Eigenvalues take half the time, and their sums are still known to a millionth. In units of the values' energy,
         so that no activations underflow.
         """
-        if not self.shape.free_values:  # averaged: there is no eigenvalue to compute
+        if not self.shape.free_values:
+            # Such values are averaged, and their costs take no eigenvalue.
             return self
         energy = self.value_energy.clamp_min(torch.finfo(torch.float64).tiny)
         single = torch.empty_like(self.value_cov, dtype=torch.float32)
@@ -81,39 +91,62 @@ class LayerMoments:
 
     def to(self, device: torch.device | str) -> LayerMoments:
         """The same moments on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
-        if self.key_gram.is_cuda:  # through pinned memory, which is ten times as fast, but has to be waited for
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device, non_blocking=True)
+        if self.key_gram.is_cuda:
+            # Copies go through pinned memory, which is ten times as fast, but has to be waited for.
             torch.cuda.synchronize(self.key_gram.device)
-        return LayerMoments(**values | moved)
+        return replace(self, **moved)
 
 
 class LayerStatistics:
-    """Accumulates one layer's sums over batches. Sums are float64; a batch's products are those of `outer_sum`.
+    """Accumulates one layer's sums over batches, in float64; a batch's products are those of `outer_sum`.
 
     Args:
         shape: the layer's shape.
         device: where the sums live; batches may come from any device.
     """
 
+    token_count: Tensor
+    """(1,) tokens that counted."""
+    query_energy: Tensor
+    """(F, K) sum of |q_f|^2 over tokens and over the query heads of each KV head."""
+    query_pass: Tensor
+    """(K, P, P) sum of q q^T of the pass-through queries, over the query heads of each KV head."""
+    key_gram: Tensor
+    """(F, K, K) complex, sum of kappa_k conj(kappa_l) of the complex keys."""
+    key_pass: Tensor
+    """(K P, K P) sum of outer products of the pass-through keys."""
+    key_pass_sum: Tensor
+    """(K P,) sum of the pass-through keys, which their covariance takes away."""
+    value_outer: Tensor
+    """(K D, K D) sum of outer products of the values."""
+    key_cosine: Tensor
+    """(K, K) sum of the cosines between two heads' keys."""
+    value_cosine: Tensor
+    """(K, K) sum of the cosines between two heads' values."""
+
     def __init__(self, shape: HeadShape, device: torch.device | str = "cpu"):
         self.shape = shape
-        heads, frequencies, rest = shape.base_kv_heads, shape.rotary_dim // 2, shape.pass_dim
+        heads, frequencies, passing = shape.base_kv_heads, shape.rotary_dim // 2, shape.pass_dim
+        real = {"dtype": torch.float64, "device": device}
+        self.token_count = torch.zeros(1, **real)
+        self.query_energy = torch.zeros(frequencies, heads, **real)
+        self.query_pass = torch.zeros(heads, passing, passing, **real)
+        self.key_gram = torch.zeros(frequencies, heads, heads, dtype=torch.complex128, device=device)
+        self.key_pass = torch.zeros(heads * passing, heads * passing, **real)
+        self.key_pass_sum = torch.zeros(heads * passing, **real)
+        self.value_outer = torch.zeros(heads * shape.head_dim, heads * shape.head_dim, **real)
+        self.key_cosine = torch.zeros(heads, heads, **real)
+        self.value_cosine = torch.zeros(heads, heads, **real)
 
-        def zeros(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
-        self._sums = {
-            "tokens": zeros(1),
-            "query_energy": zeros(frequencies, heads),
-            "query_pass": zeros(heads, rest, rest),
-            "key_gram": zeros(frequencies, heads, heads, dtype=torch.complex128),
-            "key_pass": zeros(heads * rest, heads * rest),
-            "key_pass_sum": zeros(heads * rest),
-            "value_outer": zeros(heads * shape.head_dim, heads * shape.head_dim),
-            "key_cosine": zeros(heads, heads),
-            "value_cosine": zeros(heads, heads),
-        }
+    @property
+    def tokens(self) -> int:
+        """Tokens seen so far, on this rank until ``reduce``."""
+        return int(self.token_count.item())
 
     def update(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
         """Add one batch.
@@ -124,38 +157,41 @@ class LayerStatistics:
             value: (B, T, K D).
             mask: (B, T), nonzero at tokens that count; None counts all.
         """
-        shape, device = self.shape, self._sums["tokens"].device
-        query, key, value = (counted(activation, mask).to(device) for activation in (query, key, value))
-        self._sums["tokens"] += len(key)
-        self._sums["value_outer"] += outer_sum(value, value)
+        shape, device = self.shape, self.token_count.device
+        query = tokens_that_count(query, mask).to(device)
+        key = tokens_that_count(key, mask).to(device)
+        value = tokens_that_count(value, mask).to(device)
+        self.token_count += len(key)
+        self.value_outer += outer_sum(value, value)
+        # From here on by head: (N, H, D) and (N, K, D).
         query = query.unflatten(-1, (shape.num_attention_heads, shape.head_dim))
-        key, value = (part.unflatten(-1, (shape.base_kv_heads, shape.head_dim)) for part in (key, value))
-        self._sums["query_energy"] += self._query_energy(query[..., : shape.rotary_dim])
-        self._sums["key_gram"] += _complex_gram(key[..., : shape.rotary_dim])
+        key = key.unflatten(-1, (shape.base_kv_heads, shape.head_dim))
+        value = value.unflatten(-1, (shape.base_kv_heads, shape.head_dim))
+        self._add_rotary(query[..., : shape.rotary_dim], key[..., : shape.rotary_dim])
         self._add_pass(query[..., shape.rotary_dim :], key[..., shape.rotary_dim :])
-        self._sums["key_cosine"] += _cosine_sum(key)
-        self._sums["value_cosine"] += _cosine_sum(value)
+        self.key_cosine += _cosine_sum(key)
+        self.value_cosine += _cosine_sum(value)
 
-    def _query_energy(self, query: Tensor) -> Tensor:  # (N, H, R) -> (F, K)
+    def _add_rotary(self, query: Tensor, key: Tensor) -> None:  # (N, H, R), (N, K, R)
         energy = torch.linalg.vector_norm(query, dim=0, dtype=product_dtype(query)).square()
         per_pair = energy.unflatten(-1, (2, -1)).sum(1)
-        return per_pair.unflatten(0, (self.shape.base_kv_heads, -1)).sum(1).T
+        self.query_energy += per_pair.unflatten(0, (self.shape.base_kv_heads, -1)).sum(1).T
+        self.key_gram += _complex_gram(key)
 
     def _add_pass(self, query: Tensor, key: Tensor) -> None:  # (N, H, P), (N, K, P)
         kv_heads, queries = self.shape.base_kv_heads, self.shape.queries_per_kv
         query = query.unflatten(1, (kv_heads, queries)).transpose(0, 1).flatten(1, 2)  # (K, N r, P)
-        self._sums["query_pass"] += products(query.mT, query)
-        self._sums["key_pass"] += outer_sum(key.flatten(1), key.flatten(1))
-        self._sums["key_pass_sum"] += key.flatten(1).sum(0, dtype=product_dtype(key))
+        self.query_pass += products(query.mT, query)
+        self.key_pass += outer_sum(key.flatten(1), key.flatten(1))
+        self.key_pass_sum += key.flatten(1).sum(0, dtype=product_dtype(key))
 
-    @property
-    def tokens(self) -> int:
-        """Tokens seen so far, on this rank until ``reduce``."""
-        return int(self._sums["tokens"].item())
+    def _sums(self) -> dict[str, Tensor]:
+        """All sums by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def reduce(self) -> None:
         """Add up the sums of all ranks, in place; afterwards every rank holds the same bits."""
-        sum_over_ranks(self._sums.values())
+        sum_over_ranks(self._sums().values())
 
     def moments(self, output_weight: Tensor) -> LayerMoments:
         """Divide, weight and freeze.
@@ -168,26 +204,25 @@ class LayerStatistics:
         """
         if self.tokens == 0:
             raise ValueError("no token was seen: every position is masked; check attention_mask.")
-        not_finite = [name for name, total in self._sums.items() if not torch.isfinite(total).all()]
+        not_finite = [name for name, total in self._sums().items() if not torch.isfinite(total).all()]
         if not_finite:
             raise ValueError(f"NaN or inf in the activations (seen in {', '.join(not_finite)}): check the model.")
-        shape, count = self.shape, self._sums["tokens"]
-        sums = {name: total / count for name, total in self._sums.items()}
-        key_root = _floor(sums["query_energy"]).sqrt()
-        mean = sums["key_pass_sum"]
-        pass_root = metric_root(sums["query_pass"])
-        value_root = metric_root(output_metric(output_weight.to(count), shape))
+        count = self.token_count
+        key_root = _floored(self.query_energy / count).sqrt()
+        pass_mean = self.key_pass_sum / count
+        pass_root = metric_root(self.query_pass / count)
+        value_root = metric_root(output_metric(output_weight.to(count), self.shape))
         return LayerMoments(
-            shape=shape,
+            shape=self.shape,
             tokens=self.tokens,
-            key_gram=_hermitian(sums["key_gram"]) * key_root[:, :, None] * key_root[:, None, :],
+            key_gram=hermitian(self.key_gram / count) * key_root[:, :, None] * key_root[:, None, :],
             key_root=key_root,
-            key_pass=_weighted(sums["key_pass"] - mean[:, None] * mean, pass_root),
+            key_pass=_weighted(self.key_pass / count - pass_mean[:, None] * pass_mean, pass_root),
             pass_root=pass_root,
-            value_cov=_weighted(sums["value_outer"], value_root),
+            value_cov=_weighted(self.value_outer / count, value_root),
             value_root=value_root,
-            key_cosine=sums["key_cosine"],
-            value_cosine=sums["value_cosine"],
+            key_cosine=self.key_cosine / count,
+            value_cosine=self.value_cosine / count,
         )
 
 
@@ -197,54 +232,25 @@ def output_metric(output_weight: Tensor, shape: HeadShape) -> Tensor:
     return torch.einsum("ekrd,ekrc->kdc", per_head, per_head)
 
 
-def product_dtype(activation: Tensor) -> torch.dtype:
-    """dtype of products of activations: float64, float32 for those of 16 bits, whose products it holds exactly."""
-    return torch.float64 if activation.dtype in (torch.float32, torch.float64) else torch.float32
+def tokens_that_count(activation: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens that a mask (B, T) leaves, nonzero where they count, or all for None: (B, T, M) -> (N, M)."""
+    if mask is None:
+        return activation.flatten(0, 1)
+    return activation[mask.bool().to(activation.device)]
 
 
-def outer_sum(left: Tensor, right: Tensor) -> Tensor:
-    """Sum over tokens of outer products: (N, M), (N, P) -> (M, P) in `product_dtype`.
-
-    On a GPU, 16-bit activations go into the product as they are, ten times as fast as in float32 and as accurate: both
-    multiply them exactly and add up in float32.
-    """
-    return products(left.T[None], right[None])[0]
-
-
-def products(left: Tensor, right: Tensor) -> Tensor:
-    """(b, M, N) times (b, N, P) in `product_dtype`; for 16 bits on a GPU as `outer_sum`."""
-    dtype = product_dtype(left)
-    if left.is_cuda and left.dtype == right.dtype and dtype == torch.float32:
-        return torch.bmm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
-
-
-def counted(activation: Tensor, mask: Tensor | None) -> Tensor:
-    """Tokens that count: (B, T, M) and a mask (B, T), nonzero where they do, or None for all -> (N, M)."""
-    return activation.flatten(0, 1) if mask is None else activation[mask.bool().to(activation.device)]
-
-
-def metric_root(metric: Tensor) -> Tensor:
-    """Symmetric root of positive semi-definite (..., N, N), with eigenvalues floored so that it can be inverted."""
-    if metric.shape[-1] == 0:
-        return metric
-    values, vectors = _eigh_of_each(_hermitian(metric))
-    # Relative to the heaviest head too: a head that nothing reads must not get a root that underflows.
-    floor = _ROOT_FLOOR * torch.maximum(values[..., -1:], values.max() * _ROOT_FLOOR)
-    values = torch.maximum(values, floor.clamp_min(_TINY))
-    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mH
-
-
-def sum_over_ranks(tensors: Iterator[Tensor] | Sequence[Tensor]) -> None:
+def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     """Sum each tensor over torch.distributed's default group (accelerate's), in place; alone, do nothing."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     for tensor in tensors:
+        # NCCL reduces on the GPU only, the other backends on the CPU.
         shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor.cpu()
         real = torch.view_as_real(shared) if shared.is_complex() else shared
         if real.numel():
             dist.all_reduce(real)
-            dist.broadcast(real, src=0)  # same bits everywhere, so that every rank decides the same
+            # The same bits everywhere, so that every rank decides the same.
+            dist.broadcast(real, src=0)
         tensor.copy_(shared)
 
 
@@ -262,19 +268,11 @@ def _cosine_sum(heads: Tensor) -> Tensor:  # (N, K, D) -> (K, K)
     return (gram / norm[:, :, None] / norm[:, None, :]).sum(0)
 
 
-def _eigh_of_each(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.linalg.eigh of (..., N, N) on the CPU, in threads."""
-    parts = matrices.cpu().flatten(0, -3).split(1) if matrices.dim() > 2 else [matrices.cpu()]
-    values, vectors = (torch.cat(part) for part in zip(*map_in_threads(torch.linalg.eigh, parts), strict=True))
-    return values.view(matrices.shape[:-1]).to(matrices.device), vectors.view(matrices.shape).to(matrices.device)
-
-
-def _floor(energy: Tensor) -> Tensor:
-    return energy.clamp_min(max(_ROOT_FLOOR * energy.max().item(), _TINY)) if energy.numel() else energy
-
-
-def _hermitian(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.mH) / 2
+def _floored(energy: Tensor) -> Tensor:
+    """Energies (F, K) that a root of can be divided by."""
+    if energy.numel() == 0:
+        return energy
+    return energy.clamp_min(max(ROOT_FLOOR * energy.max().item(), TINY))
 
 
 def _weighted(outer: Tensor, root: Tensor) -> Tensor:  # (K N, K N), (K, N, N) -> blocks root_k outer_kl root_l
@@ -282,4 +280,4 @@ def _weighted(outer: Tensor, root: Tensor) -> Tensor:  # (K N, K N), (K, N, N) -
     blocks = outer.reshape(heads, size, heads, size)
     half = torch.einsum("kab,kblc->kalc", root, blocks)
     full = torch.einsum("kalc,lcd->kald", half, root)
-    return _hermitian(full.reshape(heads * size, heads * size))
+    return hermitian(full.reshape(heads * size, heads * size))

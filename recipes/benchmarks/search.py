@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from asymgqa_peft.groups import default_max_group_size
-from asymgqa_peft.heads import HeadShape
-from asymgqa_peft.method.merge import group_costs, pair_costs
+from asymgqa_peft.heads import HeadShape, SharedShape
+from asymgqa_peft.method.costs import group_costs, pair_costs
 from asymgqa_peft.method.search import search_partition
 from asymgqa_peft.method.statistics import LayerStatistics
 
@@ -30,12 +30,13 @@ def main() -> None:
     shape = HeadShape(args.heads * args.head_dim, args.heads, args.heads, args.head_dim, args.head_dim)
     moments = random_moments(shape, args.groups, args.tokens, args.seed)
     start = time.perf_counter()
-    pairs = pair_costs(moments, shape, "residual", "principal")
+    pairs = pair_costs(moments, "residual", "principal")
     paired = time.perf_counter()
+    shared = SharedShape.of_width(shape)
     cap = default_max_group_size(args.heads, args.heads, args.groups)
     rows = []
     for symmetric in (True, False):
-        costs = partial(group_costs, moments, shape=shape, criterion="residual", merge="principal")
+        costs = partial(group_costs, moments, shape=shared, criterion="residual", merge="principal")
         begin = time.perf_counter()
         found = search_partition(costs, args.heads, args.groups, cap, symmetric, args.seed, pairs)
         rows.append(
