@@ -187,12 +187,15 @@ def mean_heads(weights: AttentionWeights, partition: Partition, shape: SharedSha
     )
     if shape.head_dim == base.head_dim:
         return heads
-    repeat, device = base.queries_per_kv, heads.key.device
+    repeat = base.queries_per_kv
+    query_mix = _selection(pass_parts, shape.pass_sources, base.pass_dim).mT.repeat_interleave(repeat, 0)
+    value_mix = _selection(value_parts, shape.value_sources, base.head_dim).repeat_interleave(repeat, 0)
+    gain = pair_parts.repeat_interleave(repeat, 0).to(heads.key)
     return replace(
         heads,
-        query_gain=pair_parts.repeat_interleave(repeat, 0).to(device, torch.complex64),
-        query_mix=_selection(pass_parts, shape.pass_sources, base.pass_dim).mT.repeat_interleave(repeat, 0).to(device),
-        value_mix=_selection(value_parts, shape.value_sources, base.head_dim).repeat_interleave(repeat, 0).to(device),
+        query_gain=torch.complex(gain, torch.zeros_like(gain)),
+        query_mix=query_mix.to(heads.key),
+        value_mix=value_mix.to(heads.key),
     )
 
 

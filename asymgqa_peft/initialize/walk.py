@@ -119,7 +119,7 @@ class Walk:
         with self._timed("frequencies"):
             for site in self.sites:
                 moments = self._moments(site, site.weights())
-                (partition, *_), _ = self._search(moments, site.layer)
+                partition, *_ = self._search(moments, site.layer)
                 energies.append(next_eigenvalues(moments, partition, self.shared_shape))
                 with self.model.disable_adapter():
                     for batch, call in self.streams.through(
