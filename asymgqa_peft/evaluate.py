@@ -207,9 +207,9 @@ def _check_predicted(count: int) -> None:
 def _stored_heads(site: AttentionSite) -> tuple[int, int]:
     """K/V heads of a layer that go to the cache, and their dimension."""
     shared = site.key
-    name = shared.active() if isinstance(shared, SharedProjection) else None
-    if name is None:
+    if not isinstance(shared, SharedProjection) or shared.active() is None:
         return site.shape.base_kv_heads, site.shape.head_dim
+    name = shared.active()
     # The projection's rows are those of all distinct shared heads; a layout may store a head more than once.
     distinct = len(shared.parts) * len(shared.partitions[name])
     return shared.lora_slots[name].layout.kv_heads, shared.lora_kv[name].out_features // distinct

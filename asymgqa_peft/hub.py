@@ -127,7 +127,8 @@ def save_adapter(
     adapter_name = model.active_adapter
     with folder_beside(folder) as beside:
         model.save_pretrained(str(beside), selected_adapters=[adapter_name])
-        if adapter_name != "default":  # PEFT puts it into a folder of its own, where no loader looks on the Hub
+        # PEFT puts any other adapter into a folder of its own, where no loader looks on the Hub.
+        if adapter_name != "default":
             for file in (beside / adapter_name).iterdir():
                 file.replace(beside / file.name)
             (beside / adapter_name).rmdir()
@@ -279,6 +280,7 @@ def _check_base(api: HfApi, config_file: Path) -> None:
 
 @contextmanager
 def _clear_errors(repo_id: str) -> Iterator[None]:
+    """Tell a refused token (ValueError) from a connection that broke (ConnectionError), with the remedy for each."""
     try:
         yield
     except TRANSPORT_ERRORS as error:
@@ -297,8 +299,11 @@ def _names_to_upload(folder: Path) -> list[str]:
     """Every file in a folder but hidden ones, by its name in the repository."""
     if not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is not a folder.")
-    found = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = list(filter_repo_objects(found, ignore_patterns=[".*", "*/.*"]))
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files.append(path.relative_to(folder).as_posix())
+    names = list(filter_repo_objects(files, ignore_patterns=[".*", "*/.*"]))
     pickled = [name for name in names if name.endswith(PICKLED)]
     if pickled:
         raise ValueError(f"{', '.join(pickled)} would run code when loaded: save as safetensors, remove them.")

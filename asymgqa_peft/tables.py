@@ -14,7 +14,8 @@ def markdown_table(rows: Rows, aligned: bool = False) -> str:
     if aligned:
         lines = _padded(lines)
     rule = ["-" * max(3, len(name)) for name in lines[0]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+    lines.insert(1, rule)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def text_table(rows: Rows) -> str:
