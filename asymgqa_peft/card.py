@@ -1,13 +1,15 @@
-"""The model card: what was done to which base, what it saves, how to use it. Nothing is claimed that is not known."""
+"""The model card: what was done to which base, what it saves, how to use it. Nothing is claimed that is not known.
+
+Its text is `model_card.md`; the functions here find out what stands in the braces.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +19,15 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, try_to_lo
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from .adapter.plan import ExportPlan
 from .config import AsymGQAConfig
 from .evaluate import kv_cache_bytes_per_token
 from .families import find_family, head_shape
-from .groups import HeadGroups, SlotLayout, slot_layout
+from .groups import HeadGroups
 from .heads import HeadShape
+from .tables import markdown_table
 
 if TYPE_CHECKING:
     from .initialize import InitializationReport
@@ -31,14 +35,35 @@ if TYPE_CHECKING:
 TRANSPORT_ERRORS = HfHubHTTPError.__bases__
 """What a request to the Hub raises: OSError, and HTTPError of the httpx that this huggingface_hub uses."""
 
+_USE_ADAPTER = """\
+The package `asymgqa_peft` must be installed and imported, or PEFT stops with `KeyError: 'ASYM_GQA'`.
+
+```python
+import asymgqa_peft  # registers the method with PEFT
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+plain = model.merge_and_unload()  # optional: a stock model that needs neither PEFT nor asymgqa_peft
+```"""
+
+_USE_PLAIN = """\
+Nothing but transformers is needed; there is no custom code.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```"""
+
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of a base model: the facts of a model card. Merging loses them, so take them before.
+    """What became of a base model: the facts of a model card.
 
     Attributes:
         adapter: the adapter's configuration, with its groups.
         base: configuration of the base.
+        plain: configuration of the merged model; None for an adapter.
         base_source: repository or local folder that the base came from, or None.
         base_model: the base's repository on the Hub, or None for a local or unnamed one.
         base_revision: commit of that repository, where the local cache tells it; or the revision that the adapter
@@ -48,27 +73,38 @@ class Conversion:
 
     adapter: AsymGQAConfig
     base: PretrainedConfig
+    plain: PretrainedConfig | None
     base_source: str | None
     base_model: str | None
     base_revision: str | None
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: PeftModel, base_model: str | None = None) -> Conversion:
-        """The facts of a wrapped model's active adapter.
+    def of(cls, model: PeftModel | PreTrainedModel, base_model: str | None = None) -> Conversion:
+        """The facts of a wrapped model's active adapter, or of the model that `merge_and_unload` made of it.
 
         Args:
-            model: the wrapped model, not merged yet.
+            model: the wrapped or the merged model.
             base_model: the base's repository on the Hub, if the model was loaded from elsewhere.
 
         Raises:
-            ValueError: if the model does not have an AsymGQA adapter, or `base_model` is not a repository id.
+            ValueError: if the model is neither, or `base_model` is not a repository id.
         """
-        adapter = _active_config(model)
-        base = model.get_base_model()
-        config = copy.deepcopy(base.config)
-        config.architectures = [type(base).__name__]  # unset in a model that was never saved
-        return cls.from_configs(adapter, config, base.dtype, base_model)
+        if isinstance(model, PeftModel) or not hasattr(model, "export_plan"):
+            base, plain = _adapted_base(model), None
+            adapter, config, base_class = (
+                copy.deepcopy(model.peft_config[model.active_adapter]),
+                base.config,
+                type(base),
+            )
+            # The layers know them; the configuration of a fresh wrap does not.
+            adapter.head_groups = model.base_model.head_groups(model.active_adapter).to_lists()
+        else:
+            plan, plain = ExportPlan.of(model), model.config
+            adapter, config, base_class = plan.adapter, plan.base.config, plan.base.model_class
+        config = copy.deepcopy(config)
+        config.architectures = [base_class.__name__]  # unset in a model that was never saved
+        return cls.from_configs(adapter, config, model.dtype, base_model, plain)
 
     @classmethod
     def from_configs(
@@ -77,18 +113,28 @@ class Conversion:
         base: PretrainedConfig,
         dtype: torch.dtype | None = None,
         base_model: str | None = None,
+        plain: PretrainedConfig | None = None,
     ) -> Conversion:
         """The facts without the weights; `dtype` defaults to the base's, `base_model` to what `adapter` names."""
         if base_model is not None:
             check_repo_id(base_model, "base_model")
-        loaded_from = adapter.base_model_name_or_path or getattr(base, "_name_or_path", None) or None
-        published = base_model or _hub_id(loaded_from)
+        source = adapter.base_model_name_or_path or getattr(base, "_name_or_path", None) or None
+        published, revision = base_model, None
+        if base_model is None:
+            published = _hub_id(source)
+        if published is not None and published == source:
+            # The commit that the revision (None: main) had when it was downloaded, where the local cache tells it.
+            cached = try_to_load_from_cache(source, "config.json", revision=adapter.revision)
+            revision = adapter.revision
+            if isinstance(cached, str):
+                revision = Path(cached).parent.name
         conversion = cls(
             adapter=copy.deepcopy(adapter),
             base=copy.deepcopy(base),
-            base_source=base_model or loaded_from,
+            plain=copy.deepcopy(plain),
+            base_source=base_model or source,
             base_model=published,
-            base_revision=_cached_commit(published, adapter.revision) if published == loaded_from else None,
+            base_revision=revision,
             dtype=dtype or base.dtype or torch.float32,
         )
         _ = conversion.groups  # validates them against the base
@@ -107,23 +153,22 @@ class Conversion:
             adapter.head_groups, self.base.num_hidden_layers, shape.base_kv_heads, adapter.num_key_value_heads
         )
 
-    def adapter_slots(self) -> int:
-        """Query slots of the adapter in its widest layer."""
-        return max(layout.num_slots for layout in self._layouts())
-
-    def adapter_cache_bytes(self) -> int:
-        """Bytes of K and V that the cache holds per token with the adapter, over all layers."""
-        kv_heads = sum(layout.kv_heads for layout in self._layouts())
-        return 2 * kv_heads * self.shape.head_dim * self.dtype.itemsize
-
-    def _layouts(self) -> list[SlotLayout]:
-        slots_per_kv = None if find_family(self.base).grouped else 1
-        return [slot_layout(partition, self.shape.queries_per_kv, slots_per_kv) for partition in self.groups.layers]
+    @property
+    def converted_shape(self) -> HeadShape:
+        """Slots, stored K/V heads and their dimension: of the merged model, or of the adapter's widest layer."""
+        if self.plain is not None:
+            return head_shape(self.plain)
+        shape, groups = self.shape, self.groups
+        if not find_family(self.base).grouped:  # the shared heads are repeated to as many as the base has
+            return replace(shape, base_kv_heads=shape.num_attention_heads)
+        kv_heads = groups.num_key_value_heads
+        slots = kv_heads * groups.max_group_size * shape.queries_per_kv
+        width = self.adapter.head_dim or shape.head_dim
+        return replace(shape, num_attention_heads=slots, base_kv_heads=kv_heads, head_dim=width)
 
 
 def model_card(
     conversion: Conversion,
-    merged_config: PretrainedConfig | None = None,
     *,
     name: str,
     licence: Mapping[str, str] | None = None,
@@ -136,7 +181,6 @@ def model_card(
 
     Args:
         conversion: what was done to which base.
-        merged_config: configuration of the merged model; None for an adapter.
         name: of the repository ("owner/name") or folder; stands in the loading example.
         licence: metadata of the base's licence, as from `base_licence`.
         report: of `initialize_asymgqa_weights`.
@@ -150,19 +194,29 @@ def model_card(
     """
     if report is not None and report.head_groups != conversion.groups.to_lists():
         raise ValueError("report.head_groups are not the adapter's groups: pass the report of this adapter, or none.")
-    if evaluation is not None and not (isinstance(evaluation, list | tuple) and all(map(_is_row, evaluation))):
+    if evaluation is None:
+        evaluation = []
+    if not isinstance(evaluation, list | tuple) or not all(isinstance(row, Mapping) and row for row in evaluation):
         raise ValueError(f'evaluation={evaluation!r} must be rows, e.g. [{{"model": "base", "perplexity": 38.3}}].')
-    sections = [
-        _introduction(conversion, merged_config, name),
-        "## Heads and KV cache\n\n" + _heads_table(conversion, merged_config),
-        "## How it was made\n\n" + _making(conversion, report, calibration_data, recovery_data),
-        "## Measured quality\n\n" + (_table(evaluation) if evaluation else "Not stated."),
-        "## Use\n\n" + (_use_adapter(name) if merged_config is None else _use_merged(name)),
-        "## Groups\n\n" + _groups_text(conversion.groups),
-        "## Licence\n\n" + _licence_text(conversion, licence or {}),
-    ]
-    metadata = _metadata(conversion, merged_config is None, licence or {})
-    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+    facts = {
+        "quality": "Not stated.",
+        "calibration": calibration_data or "not stated",
+        "outcome": "",
+        "recovery": recovery_data or "not stated",
+    }
+    if evaluation:
+        facts["quality"] = markdown_table(evaluation)
+    if report is not None:
+        facts["calibration"] += f" ({report.tokens:,} tokens)"
+        cost, neighbours = sum(report.costs), sum(report.neighbour_costs)
+        facts["outcome"] = f"- Cost of the groups: {cost:.4g} (of contiguous ones: {neighbours:.4g})\n"
+        for note in report.notes:
+            facts["outcome"] += f"- {note}\n"
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    text = template.format(
+        name=name, **_kind_facts(conversion, name, licence or {}), **_head_facts(conversion), **facts
+    )
+    return str(ModelCard(text))
 
 
 def base_licence(base: str | None, revision: str | None = None, token: str | None = None) -> dict[str, str]:
@@ -194,134 +248,88 @@ def base_licence(base: str | None, revision: str | None = None, token: str | Non
 
 def check_repo_id(repo_id: str, field: str = "repo_id") -> None:
     """Raise ValueError unless `repo_id` is an "owner/name" that the Hub accepts."""
-    try:
-        validate_repo_id(repo_id)
-        valid = "/" in repo_id
-    except ValueError:
-        valid = False
-    if not valid:
+    if "/" not in repo_id or not _is_repo_id(repo_id):
         raise ValueError(f"{field}={repo_id!r} must be 'owner/name' of a repository, in letters, digits and - _ .")
 
 
 def package_version() -> str:
-    """Of asymgqa_peft itself."""
+    """The version of asymgqa_peft."""
     return import_module(__package__).__version__
 
 
-def _metadata(conversion: Conversion, is_adapter: bool, licence: Mapping[str, str]) -> ModelCardData:
-    tags = ["asymgqa", "gqa", "kv-cache"] + (["peft", "lora"] if is_adapter else [])
-    relation = {"base_model_relation": "adapter" if is_adapter else "finetune"} if conversion.base_model else {}
-    return ModelCardData(
-        base_model=conversion.base_model,
-        library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=tags,
-        **licence,
-        **relation,
-    )
-
-
-def _introduction(conversion: Conversion, merged_config: PretrainedConfig | None, name: str) -> str:
-    before, after = _cache_bytes(conversion, merged_config)
-    kind = "A PEFT adapter for it" if merged_config is None else "A plain checkpoint"
-    cache = f"a KV cache of {after / before:.0%} of the base's" if after < before else "a KV cache as large as before"
-    return (
-        f"# {name}\n\n{_base_text(conversion)} with grouped-query attention: in every layer, "
-        f"{conversion.groups.num_key_value_heads} shared K/V heads take the place of "
-        f"{conversion.shape.base_kv_heads}, for {cache}. {kind}, made with `asymgqa_peft` {package_version()}."
-    )
-
-
-def _heads_table(conversion: Conversion, merged_config: PretrainedConfig | None) -> str:
-    shape, groups = conversion.shape, conversion.groups
-    before, after = _cache_bytes(conversion, merged_config)
-    base_class = (conversion.base.architectures or [conversion.base.model_type])[0]
-    slots = conversion.adapter_slots() if merged_config is None else merged_config.num_attention_heads
-    cached = after // (before // shape.base_kv_heads)
-    rows = [
-        ("class", base_class, base_class if merged_config is None else merged_config.architectures[0]),
-        ("layers", conversion.base.num_hidden_layers, conversion.base.num_hidden_layers),
-        ("query heads", shape.num_attention_heads, shape.num_attention_heads),
-        ("query slots, empty ones included", shape.num_attention_heads, slots),
-        ("distinct K/V heads per layer", shape.base_kv_heads, groups.num_key_value_heads),
-        ("K/V heads per layer in the cache", shape.base_kv_heads, cached),
-        ("head dimension", shape.head_dim, shape.head_dim),
-        (f"KV cache, bytes per token ({_dtype_name(conversion.dtype)})", before, after),
-    ]
-    return _table([{"": label, "base": base, "this model": this} for label, base, this in rows])
-
-
-def _making(
-    conversion: Conversion,
-    report: InitializationReport | None,
-    calibration_data: str | None,
-    recovery_data: str | None,
-) -> str:
+def _kind_facts(conversion: Conversion, name: str, licence: Mapping[str, str]) -> dict[str, object]:
+    """What the card says of adapter or merged model, their base and its licence."""
+    kind, relation, library, usage = "A plain checkpoint", "finetune", "transformers", _USE_PLAIN
+    tags = ["asymgqa", "gqa", "kv-cache"]
+    if conversion.plain is None:
+        kind, relation, library, usage = "A PEFT adapter for it", "adapter", "peft", _USE_ADAPTER
+        tags += ["peft", "lora"]
+    base = _base_text(conversion)
+    stated = f"; its card was not found or states none: {base}"
+    if "license" in licence:
+        stated = f", which its card states as: {licence.get('license_name', licence['license'])}"
+        if "license_link" in licence:
+            stated += f" ({licence['license_link']})"
+    metadata = ModelCardData(library_name=library, pipeline_tag="text-generation", tags=tags, **licence)
+    if conversion.base_model:
+        metadata.base_model, metadata.base_model_relation = conversion.base_model, relation
     adapter = conversion.adapter
-    options = ", ".join(
-        f"{key}={getattr(adapter, key)!r}" for key in ("grouping", "criterion", "merge", "refit_output")
-    )
-    read = "" if report is None else f" ({report.tokens:,} tokens)"
-    lines = [
-        f"Base model: {_base_text(conversion)}",
-        f"Base revision: {conversion.base_revision or 'not stated'}",
-        f"Options asked for: {options}, LoRA rank {adapter.r}",
-        f"Calibration data: {calibration_data or 'not stated'}{read}",
-        *([] if report is None else _outcome(report)),
-        f"Recovery training data: {recovery_data or 'not stated'}",
-        "Method: AsymGQA (Chen et al., 2024, [arXiv:2406.14963](https://arxiv.org/abs/2406.14963)), as implemented by "
-        "`asymgqa_peft`",
+    options = [f"{key}={getattr(adapter, key)!r}" for key in ("grouping", "criterion", "merge", "refit_output")]
+    return {
+        "kind": kind,
+        "usage": usage.format(name=name),
+        "metadata": metadata.to_yaml(),
+        "base": base,
+        "revision": conversion.base_revision or "not stated",
+        "options": f"{', '.join(options)}, LoRA rank {adapter.r}",
+        "licence": stated,
+        "version": package_version(),
+    }
+
+
+def _head_facts(conversion: Conversion) -> dict[str, object]:
+    """What the card says of heads, groups and cache."""
+    base, shape, converted = conversion.base, conversion.shape, conversion.converted_shape
+    before = kv_cache_bytes_per_token(base, conversion.dtype)
+    after = before // (shape.base_kv_heads * shape.head_dim) * (converted.base_kv_heads * converted.head_dim)
+    cache = "a KV cache as large as before"
+    if after < before:
+        cache = f"a KV cache of {after / before:.0%} of the base's"
+    base_class = this_class = (base.architectures or [base.model_type])[0]  # an adapter changes no class
+    if conversion.plain is not None:
+        this_class = conversion.plain.architectures[0]
+    groups, layers, dtype = conversion.groups, base.num_hidden_layers, str(conversion.dtype).removeprefix("torch.")
+    table = [
+        ("class", base_class, this_class),
+        ("layers", layers, layers),
+        ("query heads", shape.num_attention_heads, shape.num_attention_heads),
+        ("query slots, empty ones included", shape.num_attention_heads, converted.num_attention_heads),
+        ("distinct K/V heads per layer", shape.base_kv_heads, groups.num_key_value_heads),
+        ("K/V heads per layer in the cache", shape.base_kv_heads, converted.base_kv_heads),
+        ("head dimension", shape.head_dim, converted.head_dim),
+        (f"KV cache, bytes per token ({dtype})", before, after),
     ]
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _outcome(report: InitializationReport) -> list[str]:
-    """What the initialisation reached, and what it could not do."""
-    cost, neighbours = sum(report.costs), sum(report.neighbour_costs)
-    return [f"Cost of the groups: {cost:.4g} (of contiguous ones: {neighbours:.4g})", *report.notes]
-
-
-def _use_adapter(name: str) -> str:
-    return f"""\
-The package `asymgqa_peft` must be installed and imported, or PEFT stops with `KeyError: 'ASYM_GQA'`.
-
-```python
-import asymgqa_peft  # registers the method with PEFT
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{name}")
-plain = model.merge_and_unload()  # optional: a stock model that needs neither PEFT nor asymgqa_peft
-```"""
-
-
-def _use_merged(name: str) -> str:
-    return f"""\
-Nothing but transformers is needed; there is no custom code.
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-```"""
+    rows = [{"": label, "base": of_base, "this model": of_this} for label, of_base, of_this in table]
+    return {
+        "shared_heads": groups.num_key_value_heads,
+        "base_heads": shape.base_kv_heads,
+        "cache": cache,
+        "heads": markdown_table(rows),
+        "groups": _groups_text(groups),
+    }
 
 
 def _groups_text(groups: HeadGroups) -> str:
-    """Base KV heads that share one K/V head, a layer a line, equal layers together."""
+    """The groups, a layer a line, neighbouring layers of equal groups together."""
     lines = []
-    for partition, run in groupby(enumerate(groups.layers), key=itemgetter(1)):
-        layers = [layer for layer, _ in run]
-        which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
-        lines.append(f"{which}: " + " ".join(f"[{' '.join(map(str, group))}]" for group in partition))
-    text = "\n".join(lines)
-    return f"KV heads of the base that share one K/V head, counted from 0:\n\n```text\n{text}\n```"
-
-
-def _licence_text(conversion: Conversion, licence: Mapping[str, str]) -> str:
-    if "license" not in licence:
-        return f"The licence of the base applies; its card was not found or states none: {_base_text(conversion)}."
-    called = licence.get("license_name", licence["license"])
-    link = f" ({licence['license_link']})" if "license_link" in licence else ""
-    return f"The licence of the base applies, which its card states as: {called}{link}."
+    for partition, run in groupby(range(len(groups.layers)), key=lambda layer: groups.layers[layer]):
+        first, *others = run
+        which = f"layer {first}"
+        if others:
+            which = f"layers {first}-{others[-1]}"
+        written = ["[" + " ".join(map(str, group)) + "]" for group in partition]
+        lines.append(f"{which}: {' '.join(written)}")
+    return "\n".join(lines)
 
 
 def _base_text(conversion: Conversion) -> str:
@@ -332,58 +340,31 @@ def _base_text(conversion: Conversion) -> str:
     return f"a {conversion.base.model_type} model without a name"
 
 
-def _cache_bytes(conversion: Conversion, merged_config: PretrainedConfig | None) -> tuple[int, int]:
-    before = kv_cache_bytes_per_token(conversion.base, conversion.dtype)
-    if merged_config is None:
-        return before, conversion.adapter_cache_bytes()
-    return before, kv_cache_bytes_per_token(merged_config, conversion.dtype)
-
-
-def _table(rows: Sequence[Mapping[str, object]]) -> str:
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)] + [[_cell(row.get(column)) for column in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _is_row(value: object) -> bool:
-    return isinstance(value, Mapping) and len(value) > 0
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "-" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _active_config(model: object) -> AsymGQAConfig:
-    config = model.peft_config.get(model.active_adapter) if isinstance(model, PeftModel) else None
-    if not isinstance(config, AsymGQAConfig):
-        what = type(model).__name__ if config is None else f"{type(model).__name__} with {type(config).__name__}"
-        raise ValueError(
-            f"The model must be a PeftModel whose active adapter is AsymGQA, got {what}: wrap the base with "
-            "get_peft_model(base, AsymGQAConfig(...)), or activate the adapter with set_adapter."
-        )
-    return config
+def _adapted_base(model: object) -> PreTrainedModel:
+    """The base of a model whose active adapter is AsymGQA."""
+    found = type(model).__name__
+    if isinstance(model, PeftModel):
+        config = model.peft_config.get(model.active_adapter)
+        if isinstance(config, AsymGQAConfig):
+            return model.get_base_model()
+        found += f" with {type(config).__name__}"
+    raise ValueError(
+        f"The model must be a PeftModel whose active adapter is AsymGQA, got {found}: wrap the base with "
+        "get_peft_model(base, AsymGQAConfig(...)), or activate the adapter with set_adapter. A merged model that was "
+        "loaded from a file does not tell what its base was: pass conversion=Conversion.from_configs(...)."
+    )
 
 
 def _hub_id(name: str | None) -> str | None:
     """`name` where it is a repository id and no local path: paths mean nothing to others, and are not published."""
-    if not name or Path(name).exists() or Path(name).is_absolute():
-        return None
-    try:
-        validate_repo_id(name)
-    except ValueError:
+    if not name or Path(name).exists() or not _is_repo_id(name):
         return None
     return name
 
 
-def _cached_commit(repo_id: str | None, revision: str | None) -> str | None:
-    """Commit that a revision (None: main) had when it was downloaded; the revision itself where none is cached."""
-    if repo_id is None:
-        return None
-    file = try_to_load_from_cache(repo_id, "config.json", revision=revision)
-    return Path(file).parent.name if isinstance(file, str) else revision
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return True

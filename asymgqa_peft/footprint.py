@@ -1,39 +1,54 @@
-"""What a plain checkpoint stores and caches, beside its base and beside the layout that was not chosen."""
+"""What a plain checkpoint stores, caches and computes, beside its base and beside the layout that was not chosen."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from accelerate import init_empty_weights
+from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
+from .adapter.model import AsymGQAModel
 from .adapter.plan import ExportPlan, StockModel
 from .evaluate import kv_cache_bytes_per_token
 from .families import head_shape
-from .files import written_beside
+from .files import save_json
+from .tables import text_table
+
+PROMPT_TOKENS = 4096
+"""Length of the prompt that a prefill is counted for, where the model takes so long a one."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one model stores and caches.
+    """What one model stores, caches and computes.
 
     Attributes:
         model_class: its stock class.
         query_slots: query heads per layer, empty ones included (`num_attention_heads`).
         kv_heads: K/V heads per layer in the cache (`num_key_value_heads`).
+        head_dim: dimensions of each of them.
         parameters: their number; tied ones count once.
         parameter_bytes: their bytes, in the model's dtype.
         kv_bytes_per_token: bytes of K and V in the cache per token, over all layers.
+        prefill_flops_per_token: floating-point operations per token of a prompt of T tokens, on average over it:
+            2 * (weights of all linear layers but the head) for the projections, and
+            layers * 4 * query_slots * head_dim * (T + 1) / 2 for the attention, since the scores and the sum over
+            values take 2 operations per dimension and a token sees (T + 1) / 2 tokens on average. Empty slots count.
+            Norms, RoPE and softmax are left out, and a sliding window is counted as if it reached all T tokens.
     """
 
     model_class: str
     query_slots: int
     kv_heads: int
+    head_dim: int
     parameters: int
     parameter_bytes: int
     kv_bytes_per_token: int
+    prefill_flops_per_token: int
 
     def total_bytes(self, tokens: int) -> int:
         """Parameters and the cache of `tokens` tokens."""
@@ -42,7 +57,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What a conversion stores and caches, against its base.
+    """What a conversion stores, caches and computes, against its base.
 
     Attributes:
         base: before.
@@ -50,27 +65,30 @@ class ExportReport:
         other: the layout that was not chosen for unequal groups: large groups' K/V heads stored more than once if
             `plain` stores each once, and the other way round. None where there is no other.
         cached_tokens: tokens in the cache at which total bytes are compared.
+        prompt_tokens: T, length of the prompt that `prefill_flops_per_token` is counted for.
     """
 
     base: Footprint
     plain: Footprint
     other: Footprint | None
     cached_tokens: int
+    prompt_tokens: int
 
     def rows(self) -> list[dict[str, object]]:
         """One row per model; ratios are to the base."""
-        models = {"base": self.base, "plain": self.plain} | ({"not chosen": self.other} if self.other else {})
-        total = f"bytes with {self.cached_tokens:,} cached tokens"
-        return [
-            {"model": name}
-            | asdict(model)
-            | {
-                "parameters / base": model.parameters / self.base.parameters,
-                "kv_bytes / base": model.kv_bytes_per_token / self.base.kv_bytes_per_token,
-                total: model.total_bytes(self.cached_tokens),
-            }
-            for name, model in models.items()
-        ]
+        models = {"base": self.base, "plain": self.plain}
+        if self.other is not None:
+            models["not chosen"] = self.other
+        rows = []
+        for name, model in models.items():
+            row = {"model": name, **asdict(model)}
+            row["parameters / base"] = model.parameters / self.base.parameters
+            row["kv_bytes / base"] = model.kv_bytes_per_token / self.base.kv_bytes_per_token
+            ratio = model.prefill_flops_per_token / self.base.prefill_flops_per_token
+            row[f"prefill_flops / base, {self.prompt_tokens:,} tokens"] = ratio
+            row[f"bytes with {self.cached_tokens:,} cached tokens"] = model.total_bytes(self.cached_tokens)
+            rows.append(row)
+        return rows
 
     def to_dict(self) -> dict[str, object]:
         """Plain values that survive JSON."""
@@ -78,58 +96,107 @@ class ExportReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON; a reader never sees half a file."""
-        with written_beside(path) as beside:
-            beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        save_json(path, self.to_dict())
 
     def __str__(self) -> str:
         """A table with one column per model."""
-        rows = self.rows()
-        lines = [[key, *(_cell(row[key]) for row in rows)] for key in rows[0]]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-            for line in lines
-        )
+        models = self.rows()
+        lines = []
+        for quantity in list(models[0])[1:]:
+            line = {"model": quantity}
+            for model in models:
+                value = model[quantity]
+                if isinstance(value, float):  # a ratio
+                    value = f"{value:.1%}"
+                line[model["model"]] = value
+            lines.append(line)
+        return text_table(lines)
 
 
-def export_report(plain: PreTrainedModel, cached_tokens: int | None = None) -> ExportReport:
-    """Heads, slots, parameters and cache of a merged model against its base, and against the layout not chosen.
+def export_report(
+    model: PeftModel | PreTrainedModel,
+    cached_tokens: int | None = None,
+    *,
+    duplicate_kv_heads: bool = False,
+    prompt_tokens: int | None = None,
+) -> ExportReport:
+    """Heads, slots, parameters, cache and prefill of a conversion against its base and the layout not chosen.
 
     Args:
-        plain: what `merge_and_unload` returned.
-        cached_tokens: tokens in the cache for the total; default is what the layouts were compared at.
+        model: a wrapped model, whose active adapter is looked at as `merge_and_unload` would merge it, without
+            changing anything; or what `merge_and_unload` returned. The report is the same.
+        cached_tokens: tokens in the cache, over all sequences, for the total; of a wrapped model also what layouts
+            are compared at. Default is what `merge_and_unload` compares them at.
+        duplicate_kv_heads: as for `merge_and_unload`, of a wrapped model only.
+        prompt_tokens: length of the prompt that a prefill is counted for; default is 4096, or the configuration's
+            `max_position_embeddings` if that is less.
 
     Raises:
-        ValueError: for a model that was not just merged: a saved checkpoint does not tell what its base was.
+        ValueError: for any other model: a saved checkpoint does not tell what its base was; for a prompt of no
+            token; and what `merge_and_unload` refuses.
     """
-    plan = getattr(plain, "export_plan", None)
-    if not isinstance(plan, ExportPlan):
-        raise ValueError(
-            f"{type(plain).__name__} does not come from merge_and_unload(): a checkpoint does not tell what its base "
-            "was, so make the report right after merging."
+    plan = _plan_of(model, duplicate_kv_heads, cached_tokens)
+    if cached_tokens is None:
+        cached_tokens = plan.cached_tokens
+    if prompt_tokens is None:
+        prompt_tokens = min(PROMPT_TOKENS, plan.base.config.max_position_embeddings)
+    if prompt_tokens < 1:
+        raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1: give the length of a prompt.")
+    dtype = model.dtype
+    other = None
+    if plan.other is not None:
+        other = _footprint(plan.other, dtype, prompt_tokens)
+    base, plain = _footprint(plan.base, dtype, prompt_tokens), _footprint(plan.plain, dtype, prompt_tokens)
+    return ExportReport(base, plain, other, cached_tokens, prompt_tokens)
+
+
+def _plan_of(model: PeftModel | PreTrainedModel, duplicate_kv_heads: bool, cached_tokens: int | None) -> ExportPlan:
+    """The plan of what the model is going to be, or of what it has become."""
+    tuner = getattr(model, "base_model", None)
+    if isinstance(tuner, AsymGQAModel):
+        return tuner.plan_export(
+            model.active_adapter, duplicate_kv_heads=duplicate_kv_heads, cached_tokens=cached_tokens
         )
-    other = plan.other and _footprint(plan.other, plain)
-    tokens = plan.cached_tokens if cached_tokens is None else cached_tokens
-    return ExportReport(_footprint(plan.base, plain), _footprint(plan.plain, plain), other, tokens)
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"The adapter of this {type(model).__name__} is {type(tuner).__name__}, not AsymGQA: pass a model wrapped "
+            "with AsymGQAConfig, or what its merge_and_unload() returned."
+        )
+    plan = ExportPlan.of(model)
+    if duplicate_kv_heads:
+        raise ValueError(
+            "duplicate_kv_heads=True comes too late, the model is merged: pass it to merge_and_unload, or ask for the "
+            "report of the wrapped model."
+        )
+    return plan
 
 
-def _footprint(model: StockModel, plain: PreTrainedModel) -> Footprint:
+def _footprint(stock: StockModel, dtype: torch.dtype, prompt_tokens: int) -> Footprint:
     """Counted on an empty instance, so that models without weights here are counted as the one with them."""
     with init_empty_weights():
-        empty = model.model_class(model.config)
+        empty = stock.model_class(stock.config)
     empty.tie_weights()  # out here: that context makes a new parameter of every one that is set
     parameters = sum(parameter.numel() for parameter in empty.parameters())
+    shape = head_shape(stock.config)
     return Footprint(
-        model_class=model.model_class.__name__,
-        query_slots=model.config.num_attention_heads,
-        kv_heads=head_shape(model.config).base_kv_heads,
+        model_class=stock.model_class.__name__,
+        query_slots=shape.num_attention_heads,
+        kv_heads=shape.base_kv_heads,
+        head_dim=shape.head_dim,
         parameters=parameters,
-        parameter_bytes=parameters * plain.dtype.itemsize,
-        kv_bytes_per_token=kv_cache_bytes_per_token(model.config, plain.dtype),
+        parameter_bytes=parameters * dtype.itemsize,
+        kv_bytes_per_token=kv_cache_bytes_per_token(stock.config, dtype),
+        prefill_flops_per_token=_prefill_flops_per_token(empty, prompt_tokens),
     )
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.1%}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _prefill_flops_per_token(model: PreTrainedModel, prompt_tokens: int) -> int:
+    """See `Footprint`."""
+    head, weights = model.get_output_embeddings(), 0
+    for module in model.modules():
+        # The head runs once per prompt, for its last token.
+        if isinstance(module, nn.Linear) and module is not head:
+            weights += module.weight.numel()
+    shape = head_shape(model.config)
+    attention = 2 * shape.num_attention_heads * shape.head_dim * (prompt_tokens + 1)
+    return 2 * weights + model.config.num_hidden_layers * attention

@@ -6,26 +6,27 @@ an empty one. The functions here upload the folder as it is; later pushes by tho
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import TRANSPORT_ERRORS, Conversion, base_licence, check_repo_id, model_card, package_version
-from .files import folder_beside
+from .files import folder_beside, save_json
 
-PICKLED = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 """File types that run code when they are loaded, and are not pushed."""
 
 # What an earlier push may have left, and a loader would find beside or instead of the new files.
-_SUPERSEDED = (
+_SUPERSEDED = [
     "config.json",
     "adapter_config.json",
     "model*.safetensors",
@@ -34,7 +35,7 @@ _SUPERSEDED = (
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
     "adapter_model.bin",
-)
+]
 
 
 def push_adapter_to_hub(
@@ -45,20 +46,16 @@ def push_adapter_to_hub(
     private: bool = True,
     exist_ok: bool = False,
     token: str | None = None,
-    base_model: str | None = None,
-    **card: object,
+    **options: object,
 ) -> str:
     """Push the active adapter, with its card, in one commit.
 
     Args:
-        model: the wrapped model.
-        tokenizer: pushed along, if given.
+        model, tokenizer, **options: as for `save_adapter`.
         repo_id: "owner/name" of the repository, made if it does not exist.
         private: whether a new repository is private; an existing public one is then refused.
         exist_ok: whether to replace what an existing repository holds.
         token: of the Hub; default is the one logged in with.
-        base_model: "owner/name" of the base, needed if the model was not loaded from the Hub.
-        **card: `report`, `evaluation`, `calibration_data`, `recovery_data`, see `model_card`.
 
     Returns:
         URL of the repository.
@@ -71,7 +68,7 @@ def push_adapter_to_hub(
     """
     check_push_target(repo_id, private=private, exist_ok=exist_ok, token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model, tokenizer, folder, name=repo_id, base_model=base_model, token=token, **card)
+        save_adapter(model, tokenizer, folder, name=repo_id, token=token, **options)
         return push_folder(folder, repo_id, private=private, exist_ok=exist_ok, token=token)
 
 
@@ -80,26 +77,19 @@ def push_merged_to_hub(
     tokenizer: PreTrainedTokenizerBase | None,
     repo_id: str,
     *,
-    conversion: Conversion,
     private: bool = True,
     exist_ok: bool = False,
     token: str | None = None,
-    max_shard_size: int | str = "5GB",
-    **card: object,
+    **options: object,
 ) -> str:
-    """Push a merged model, with its card, in one commit.
+    """Push what `merge_and_unload` returned, with its card, in one commit.
 
-        conversion = Conversion.of(model)  # merging loses these facts
-        plain = model.merge_and_unload()
-        push_merged_to_hub(plain, tokenizer, "me/model-gqa", conversion=conversion)
-
-    Args and errors: see `push_adapter_to_hub`. Needs free space for the model in the temporary folder ($TMPDIR).
+    Arguments and errors are those of `push_adapter_to_hub`, `options` those of `save_merged`. The temporary folder
+    ($TMPDIR) needs free space for the model.
     """
     check_push_target(repo_id, private=private, exist_ok=exist_ok, token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_merged(
-            plain, tokenizer, folder, conversion, name=repo_id, token=token, max_shard_size=max_shard_size, **card
-        )
+        save_merged(plain, tokenizer, folder, name=repo_id, token=token, **options)
         return push_folder(folder, repo_id, private=private, exist_ok=exist_ok, token=token)
 
 
@@ -115,25 +105,35 @@ def save_adapter(
 ) -> None:
     """Save the active adapter with its card, ready to be pushed; `folder` is written whole or not at all.
 
+    Args:
+        model: the wrapped model.
+        tokenizer: saved along, if given.
+        folder: a new or empty one.
+        name: in the card; default is the folder's.
+        base_model: "owner/name" of the base, needed if the model was not loaded from the Hub.
+        token: of the Hub, for the licence of the base.
+        **card: `report`, `evaluation`, `calibration_data`, `recovery_data`, see `model_card`.
+
     Raises:
         ValueError: for a model without AsymGQA adapter, a base that has no name on the Hub, or a folder that holds
             something.
     """
     folder = _checked_empty(folder)
     conversion = Conversion.of(model, base_model)
-    base_model = published_base(conversion)
-    licence = base_licence(base_model, conversion.base_revision, token)
+    if conversion.plain is not None:
+        raise ValueError(f"This {type(model).__name__} is merged and has no adapter any more: use save_merged.")
+    licence = base_licence(conversion.base_source, conversion.base_revision, token)
     text = model_card(conversion, name=name or folder.name, licence=licence, **card)
     adapter_name = model.active_adapter
     with folder_beside(folder) as beside:
         model.save_pretrained(str(beside), selected_adapters=[adapter_name])
-        if adapter_name != "default":  # PEFT puts it into a folder of its own, where no loader looks on the Hub
+        # PEFT puts any other adapter into a folder of its own, where no loader looks on the Hub.
+        if adapter_name != "default":
             for file in (beside / adapter_name).iterdir():
                 file.replace(beside / file.name)
             (beside / adapter_name).rmdir()
-        name_base(beside / "adapter_config.json", base_model)
-        if tokenizer is not None:
-            _save_tokenizer(tokenizer, beside)
+        name_base(beside / "adapter_config.json", conversion)
+        _save_tokenizer(tokenizer, beside)
         write_card(beside, text)
 
 
@@ -141,7 +141,7 @@ def save_merged(
     plain: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path | str,
-    conversion: Conversion,
+    conversion: Conversion | None = None,
     *,
     name: str | None = None,
     token: str | None = None,
@@ -152,40 +152,64 @@ def save_merged(
 
     Weights go to disk file by file, without a copy of the model; `folder` is written whole or not at all.
 
+    Arguments are those of `save_adapter`, and `max_shard_size` of `save_pretrained`. The card's `conversion` is what
+    `plain` remembers of its base; a model that was loaded from a file needs one of `Conversion.from_configs`.
+
     Raises:
-        ValueError: for a model that still has an adapter, or a folder that holds something.
+        ValueError: for a model that still has an adapter or does not remember its base, or a folder that holds
+            something.
     """
     if isinstance(plain, PeftModel) or not isinstance(plain, PreTrainedModel):
-        raise ValueError(
-            f"{type(plain).__name__} is not a merged model: take Conversion.of(model), then pass what "
-            "model.merge_and_unload() returns."
-        )
+        raise ValueError(f"{type(plain).__name__} is not a merged model: pass what model.merge_and_unload() returns.")
     folder = _checked_empty(folder)
+    if conversion is None:
+        conversion = Conversion.of(plain)
+    conversion = replace(conversion, plain=plain.config)
     licence = base_licence(conversion.base_source, conversion.base_revision, token)
-    text = model_card(conversion, plain.config, name=name or folder.name, licence=licence, **card)
+    text = model_card(conversion, name=name or folder.name, licence=licence, **card)
     with folder_beside(folder) as beside:
         plain.save_pretrained(str(beside), max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            _save_tokenizer(tokenizer, beside)
+        _save_tokenizer(tokenizer, beside)
         write_card(beside, text)
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Save a tokenizer under a class name that transformers 4 knows too, which converters of engines still pin.
 
     transformers 5 calls the class of a bare tokenizer.json TokenizersBackend, and loads the older name as the same.
     """
+    if tokenizer is None:
+        return
     tokenizer.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def check_push_target(repo_id: str, *, private: bool = True, exist_ok: bool = False, token: str | None = None) -> None:
-    """Find out before any work whether a push can succeed; arguments and errors as for `push_adapter_to_hub`."""
-    _replaced_files(_api(token), repo_id, private, exist_ok)
+def check_push_target(
+    repo_id: str, *, private: bool = True, exist_ok: bool = False, token: str | None = None
+) -> list[str]:
+    """Find out before any work whether a push can succeed; arguments and errors as for `push_adapter_to_hub`.
+
+    Returns:
+        Names of the files that the repository holds already.
+    """
+    check_repo_id(repo_id)
+    with _clear_errors(repo_id):
+        try:
+            info = _api(token).model_info(repo_id)
+        except RepositoryNotFoundError:
+            return []
+    files = [sibling.rfilename for sibling in info.siblings or []]
+    if private and not info.private:
+        raise ValueError(
+            f"repo_id={repo_id!r} exists and is public: pass private=False to push to it, or make it private first."
+        )
+    # What an interrupted first push left, an empty repository, counts as new.
+    if not exist_ok and set(files) - {".gitattributes"}:
+        raise ValueError(f"repo_id={repo_id!r} exists and has files: pass exist_ok=True to replace them.")
+    return files
 
 
 def push_folder(
@@ -196,43 +220,35 @@ def push_folder(
     Arguments and errors: as for `push_adapter_to_hub`; also ValueError for a folder with pickled weights or
     without any, and for an adapter whose base is not on the Hub.
     """
-    files, api = _files(Path(folder)), _api(token)
-    existing = _replaced_files(api, repo_id, private, exist_ok)
-    if "adapter_config.json" in files:
-        _check_base(api, files["adapter_config.json"])
-    operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    operations += [CommitOperationDelete(name) for name in existing if _is_superseded(name) and name not in files]
+    folder, api = Path(folder), _api(token)
+    names = _names_to_upload(folder)
+    existing = check_push_target(repo_id, private=private, exist_ok=exist_ok, token=token)
+    if "adapter_config.json" in names:
+        _check_base(api, folder / "adapter_config.json")
+    operations = [CommitOperationAdd(name, str(folder / name)) for name in names]
+    for name in filter_repo_objects(sorted(set(existing) - set(names)), allow_patterns=_SUPERSEDED):
+        operations.append(CommitOperationDelete(name))
     with _clear_errors(repo_id):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        # Not upload_folder: huggingface_hub 2 spreads large folders over several commits.
+        # Not upload_folder: huggingface_hub 2 spreads a large folder over several commits.
         api.create_commit(repo_id, operations, commit_message=f"Upload with asymgqa_peft {package_version()}")
     return str(url)
 
 
-def published_base(conversion: Conversion) -> str:
-    """The base's repository on the Hub, without which nobody else can load an adapter.
-
-    Raises:
-        ValueError: if there is none.
-    """
+def name_base(config_file: Path, conversion: Conversion) -> None:
+    """Write the base's repository into a saved `adapter_config.json`; ValueError if the base is on no Hub."""
     if conversion.base_model is None:
         raise ValueError(
             f"The adapter's base is {conversion.base_source!r}, which is not a repository on the "
             "Hub: nobody else could load the adapter. Pass base_model='owner/name', or push the merged model."
         )
-    return conversion.base_model
-
-
-def name_base(config_file: Path, base_model: str) -> None:
-    """Write the base's repository into a saved `adapter_config.json`."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base_model
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    save_json(config_file, config | {"base_model_name_or_path": conversion.base_model})
 
 
 def write_card(folder: Path | str, text: str) -> None:
     """Write README.md, over whatever a save_pretrained left there."""
-    Path(folder, "README.md").write_text(text, encoding="utf-8")
+    ModelCard(text).save(Path(folder, "README.md"))
 
 
 def _checked_empty(folder: Path | str) -> Path:
@@ -251,24 +267,6 @@ def _api(token: str | None) -> HfApi:
     return HfApi(token=token)
 
 
-def _replaced_files(api: HfApi, repo_id: str, private: bool, exist_ok: bool) -> list[str]:
-    """Files that the repository holds already. What an interrupted first push left, an empty one, counts as new."""
-    check_repo_id(repo_id)
-    with _clear_errors(repo_id):
-        try:
-            info = api.model_info(repo_id)
-        except RepositoryNotFoundError:
-            return []
-    files = [sibling.rfilename for sibling in info.siblings or []]
-    if private and not info.private:
-        raise ValueError(
-            f"repo_id={repo_id!r} exists and is public: pass private=False to push to it, or make it private first."
-        )
-    if not exist_ok and set(files) - {".gitattributes"}:
-        raise ValueError(f"repo_id={repo_id!r} exists and has files: pass exist_ok=True to replace them.")
-    return files
-
-
 def _check_base(api: HfApi, config_file: Path) -> None:
     base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     with _clear_errors(str(base)):
@@ -282,6 +280,7 @@ def _check_base(api: HfApi, config_file: Path) -> None:
 
 @contextmanager
 def _clear_errors(repo_id: str) -> Iterator[None]:
+    """Tell a refused token (ValueError) from a connection that broke (ConnectionError), with the remedy for each."""
     try:
         yield
     except TRANSPORT_ERRORS as error:
@@ -296,18 +295,18 @@ def _clear_errors(repo_id: str) -> Iterator[None]:
         ) from error
 
 
-def _is_superseded(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _SUPERSEDED)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Everything to upload, by its name in the repository; hidden files stay."""
+def _names_to_upload(folder: Path) -> list[str]:
+    """Every file in a folder but hidden ones, by its name in the repository."""
     if not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is not a folder.")
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in paths.items() if not any(part.startswith(".") for part in name.split("/"))}
-    if pickled := [name for name in files if Path(name).suffix in PICKLED]:
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files.append(path.relative_to(folder).as_posix())
+    names = list(filter_repo_objects(files, ignore_patterns=[".*", "*/.*"]))
+    pickled = [name for name in names if name.endswith(PICKLED)]
+    if pickled:
         raise ValueError(f"{', '.join(pickled)} would run code when loaded: save as safetensors, remove them.")
-    if not any(name.endswith(".safetensors") for name in files):
+    if not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"folder={str(folder)!r} holds no safetensors weights: save a model there first.")
-    return files
+    return names

@@ -48,7 +48,7 @@ def plot_groups(report: InitializationReport, path: str | Path) -> list[Path]:
     layers = len(report.head_groups)
     figure = _new_figure(height=1.6 + 0.22 * layers)
     sizes_axes, costs_axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    _draw_sizes(sizes_axes, [sorted(map(len, partition), reverse=True) for partition in report.head_groups])
+    _draw_sizes(sizes_axes, report.head_groups)
     _draw_costs(costs_axes, report.costs, report.neighbour_costs)
     sizes_axes.set_yticks(range(0, layers, max(1, layers // 16)))
     sizes_axes.set_ylim(layers - 0.5, -0.5)  # the first layer on top
@@ -72,19 +72,21 @@ def plot_similarities(
         ValueError: unless the partition holds every one of the K heads once.
     """
     order = [head for group in partition for head in group]
-    matrices = [torch.as_tensor(matrix, dtype=torch.float64, device="cpu") for matrix in (before, after)]
-    for matrix in matrices:
+    ordered = []
+    for given in (before, after):
+        matrix = torch.as_tensor(given, dtype=torch.float64, device="cpu")
         if matrix.shape != (len(order), len(order)) or sorted(order) != list(range(len(order))):
             raise ValueError(
                 f"partition holds heads {sorted(order)} and a similarity matrix has shape {tuple(matrix.shape)}: "
                 "give (K, K) matrices and groups that hold each of the K heads once."
             )
-    ordered = [matrix[order][:, order] for matrix in matrices]
+        ordered.append(matrix[order][:, order].numpy())
     figure = _new_figure(height=3.9)
     axes = figure.subplots(1, 2)
-    scale = {"vmin": min(0.0, *(float(matrix.min()) for matrix in ordered)), "vmax": 1.0, "cmap": COLOUR_MAP}
+    # One scale for both panels, and colours for similarities below zero only where there are any.
+    scale = {"vmin": min(0.0, ordered[0].min(), ordered[1].min()), "vmax": 1.0, "cmap": COLOUR_MAP}
     for panel, matrix, title in zip(axes, ordered, ("as in the checkpoint", "in the best bases"), strict=True):
-        image = panel.imshow(matrix.numpy(), interpolation="nearest", **scale)
+        image = panel.imshow(matrix, interpolation="nearest", **scale)
         panel.set_title(title)
         _frame_groups(panel, partition)
         _label_heads(panel, order)
@@ -105,16 +107,19 @@ def plot_quality(points: Sequence[Mapping[str, Any]], path: str | Path) -> list[
         ValueError: if there is no point, or one lacks a key.
     """
     arms = _collect_arms(points)
-    inside = len(arms) <= INSIDE
-    figure = _new_figure(height=4.5 if inside else 4.5 + 0.1 * len(arms))
-    axes = figure.subplots()
+    inside, height = len(arms) <= INSIDE, 4.5
+    if not inside:
+        height += 0.1 * len(arms)  # the legend goes below
+    axes = _new_figure(height).subplots()
+    measured = []
     for index, (arm, line) in enumerate(arms.items()):
         _draw_line(axes, index, arm, sorted(line))
+        measured += line
         if len(line) == 1:
             axes.axhline(line[0][1], color=COLOURS[index % len(COLOURS)], linewidth=1, linestyle="--", zorder=0)
-    _scale_quality(axes, [point for line in arms.values() for point in line])
+    _scale_quality(axes, measured)
     _add_legend_and_grid(axes, inside)
-    return _save(figure, path)
+    return _save(axes.figure, path)
 
 
 def plot_losses(
@@ -138,32 +143,40 @@ def plot_losses(
     if not curves:
         raise ValueError("curves is empty: give at least one log_history.")
     with_tokens = all(_counts_tokens(log, key) for log in curves.values())
+    # All curves are checked before the first is drawn.
     lines = {name: _loss_curve(name, log, key, with_tokens) for name, log in curves.items()}
-    figure = _new_figure(height=4.5)
-    axes = figure.subplots()
+    axes = _new_figure(height=4.5).subplots()
+    losses = []
     for index, (name, line) in enumerate(lines.items()):
         _draw_line(axes, index, name, line, markevery=max(1, len(line) // CURVE_MARKS))
+        losses += [loss for _, loss in line if math.isfinite(loss)]
     axes.set_xlim(left=0)
-    axes.set_xlabel("tokens" if with_tokens else "steps")
-    axes.set_ylabel(f"{key.replace('_', ' ')} (lower is better)")
+    axes.set_xlabel("steps")
     if with_tokens:
+        axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(_short_numbers())
-    _scale_by_factor(axes, [loss for line in lines.values() for _, loss in line if math.isfinite(loss)])
+    axes.set_ylabel(f"{key.replace('_', ' ')} (lower is better)")
+    _scale_by_factor(axes, losses)
     _add_legend_and_grid(axes)
-    return _save(figure, path)
+    return _save(axes.figure, path)
 
 
-def _draw_sizes(axes: Axes, sizes: list[list[int]]) -> None:
+def _draw_sizes(axes: Axes, head_groups: list[list[list[int]]]) -> None:
     """Stacked bars of a layer's group sizes, largest first, each with its number."""
     from matplotlib import colormaps
 
-    largest = max(max(layer) for layer in sizes)
+    sizes = []
+    for partition in head_groups:
+        sizes.append(sorted(map(len, partition), reverse=True))
+    largest = max(layer[0] for layer in sizes)
     for index, layer in enumerate(sizes):
         start = 0
         for size in layer:
             shade = size / largest
             axes.barh(index, size, left=start, height=0.82, color=colormaps[COLOUR_MAP](shade), edgecolor="white")
-            ink = "black" if shade > 0.55 else "white"
+            ink = "white"
+            if shade > 0.55:  # the light half of the colour map
+                ink = "black"
             axes.text(start + size / 2, index, str(size), ha="center", va="center", fontsize=8, color=ink)
             start += size
     axes.set_xlim(0, sum(sizes[0]))
@@ -198,11 +211,13 @@ def _frame_groups(axes: Axes, partition: Sequence[Sequence[int]]) -> None:
 
 def _label_heads(axes: Axes, order: Sequence[int]) -> None:
     """Head indices along both sides, while there is room for them."""
-    shown = range(len(order)) if len(order) <= 32 else []
-    labels = [order[position] for position in shown]
-    fontsize = 8 if len(order) <= 16 else 7
-    axes.set_xticks(shown, labels, fontsize=fontsize, rotation=90 if len(order) > 16 else 0)
-    axes.set_yticks(shown, labels, fontsize=fontsize)
+    labels, fontsize, rotation = list(order), 8, 0
+    if len(labels) > 16:
+        fontsize, rotation = 7, 90
+    if len(labels) > 32:
+        labels = []
+    axes.set_xticks(range(len(labels)), labels, fontsize=fontsize, rotation=rotation)
+    axes.set_yticks(range(len(labels)), labels, fontsize=fontsize)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)  # they would cover the frames of the outer groups
 
@@ -221,27 +236,38 @@ def _collect_arms(points: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
 
 
 def _counts_tokens(log: Sequence[Any], key: str) -> bool:
-    entries = [entry for entry in log if not isinstance(entry, Mapping) or key in entry]
-    return all(isinstance(entry, Mapping) and "num_tokens" in entry for entry in entries)
+    """Whether every entry that has the loss says after how many tokens."""
+    for entry in log:
+        if not isinstance(entry, Mapping):
+            return False  # a pair (step, loss)
+        if key in entry and "num_tokens" not in entry:
+            return False
+    return True
 
 
 def _loss_curve(name: str, log: Sequence[Any], key: str, with_tokens: bool) -> Curve:
     """(tokens or step, loss) of every entry that has the loss, in order."""
-    place = "num_tokens" if with_tokens else "step"
+    place = "step"
+    if with_tokens:
+        place = "num_tokens"
+    curve, logged = [], set()
     try:
-        pairs = [
-            (entry[place], entry[key]) if isinstance(entry, Mapping) else entry
-            for entry in log
-            if not isinstance(entry, Mapping) or key in entry
-        ]
-        curve = [(float(where), float(loss)) for where, loss in pairs]
+        for entry in log:
+            if isinstance(entry, Mapping):
+                logged |= entry.keys()
+                if key not in entry:
+                    continue
+                entry = entry[place], entry[key]
+            where, loss = entry
+            curve.append((float(where), float(loss)))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"curves[{name!r}] is no log_history and no list of (step, loss) ({type(error).__name__}: {error})."
         ) from error
     if not any(math.isfinite(loss) for _, loss in curve):
-        logged = sorted({entry for line in log if isinstance(line, Mapping) for entry in line})
-        seen = f"its entries hold {', '.join(logged)}" if logged else f"it has {len(curve)} points"
+        seen = f"it has {len(curve)} points"
+        if logged:
+            seen = f"its entries hold {', '.join(sorted(logged))}"
         raise ValueError(f"curves[{name!r}] has no finite {key!r}; {seen}: log it, or choose another key.")
     return curve
 
@@ -256,7 +282,8 @@ def _scale_quality(axes: Axes, measured: Curve) -> None:
     """Ticks at the measured cache sizes; logarithmic axes where values span a factor."""
     from matplotlib.ticker import NullLocator
 
-    sizes, perplexities = sorted({size for size, _ in measured}), [perplexity for _, perplexity in measured]
+    sizes, perplexities = zip(*measured, strict=True)
+    sizes = sorted(set(sizes))
     if sizes[0] > 0 and len(sizes) > 1:
         axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, _labels_apart(sizes))
@@ -268,15 +295,19 @@ def _scale_quality(axes: Axes, measured: Curve) -> None:
 
 def _labels_apart(sizes: Sequence[float]) -> list[str]:
     """Sizes in KiB; "" where a label would run into that of a larger size."""
-    octaves = [math.log2(size) if size > 0 else 0.0 for size in sizes]
+    octaves = []
+    for size in sizes:
+        octaves.append(math.log2(size) if size > 0 else 0.0)
     per_octave = 0.85 * WIDTH / max(octaves[-1] - octaves[0], 1.0)  # inches
-    labels, free = [], math.inf
-    for size, octave in zip(reversed(sizes), reversed(octaves), strict=True):
-        label, place = f"{size / 1024:g}", octave * per_octave
+    labels = [""] * len(sizes)
+    # From the largest on: `free` is where the label to the right begins.
+    free = math.inf
+    for index in reversed(range(len(sizes))):
+        label, place = f"{sizes[index] / 1024:g}", octaves[index] * per_octave
         half = 0.5 * LABEL_WIDTH * (len(label) + 1)
-        labels.append(label if place + half <= free else "")
-        free = place - half if labels[-1] else free
-    return labels[::-1]
+        if place + half <= free:
+            labels[index], free = label, place - half
+    return labels
 
 
 def _scale_by_factor(axes: Axes, values: Sequence[float]) -> None:
@@ -322,9 +353,10 @@ def _new_figure(height: float) -> Figure:
 
 def _save(figure: Figure, path: str | Path) -> list[Path]:
     """Write PNG and SVG beside each other, each whole or not at all; the same figure gives the same bytes."""
-    path = Path(path)
-    stem = path.with_suffix("") if path.suffix.lower() in (".png", ".svg") else path  # keep the .5 of "qwen2.5"
-    return [_save_as(figure, stem, form, metadata) for form, metadata in (("png", {}), ("svg", {"Date": None}))]
+    stem = Path(path)
+    if stem.suffix.lower() in (".png", ".svg"):  # no other suffix: the .5 of "qwen2.5" stays
+        stem = stem.with_suffix("")
+    return [_save_as(figure, stem, "png", {}), _save_as(figure, stem, "svg", {"Date": None})]
 
 
 def _save_as(figure: Figure, stem: Path, form: str, metadata: dict[str, None]) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from folders import check_writable, in_one_line, model_called, write_json
+from folders import check_writable, in_one_line, model_called
 from peft import AutoPeftModelForCausalLM
 from reporting import print_report, provenance
 from torch import nn
@@ -34,6 +34,7 @@ from asymgqa_peft.evaluate import (
     perplexity,
     strided_windows,
 )
+from asymgqa_peft.files import save_json
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         del model  # not two converted models at a time
     settings = {key: value for key, value in vars(args).items() if key not in ("models", "output")}
     if args.output:
-        write_json(args.output, {**provenance(args.device), "settings": settings, "rows": rows})
+        save_json(args.output, {**provenance(args.device), "settings": settings, "rows": rows})
     print_report(rows, args.device, settings=settings)
 
 

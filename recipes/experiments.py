@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from folders import write_json
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from asymgqa_peft import AsymGQATrainer
+from asymgqa_peft.files import save_json
 
 # Published recipes train on text (SFT); the others learn from the untouched base (distillation).
 ARMS = {
@@ -58,7 +58,7 @@ class Cells:
         path = self.folder / f"{name}.json"
         if not path.exists():
             cell = {**key, **measure()}
-            write_json(path, cell)
+            save_json(path, cell)
             print(json.dumps(cell), flush=True)
         return json.loads(path.read_text(encoding="utf-8"))
 

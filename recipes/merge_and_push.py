@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 
 from asymgqa_peft import AsymGQAConfig, InitializationReport, export_report
 from asymgqa_peft.card import Conversion, base_licence, model_card
-from asymgqa_peft.hub import check_push_target, name_base, published_base, push_folder, save_merged, write_card
+from asymgqa_peft.hub import check_push_target, name_base, push_folder, save_merged, write_card
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -48,13 +48,13 @@ def write_merged(folder: Path, config: AsymGQAConfig, args: argparse.Namespace, 
     source = base_source(config, args)
     base = AutoModelForCausalLM.from_pretrained(source, revision=base_revision(config, args), dtype=args.dtype)
     model = PeftModel.from_pretrained(base, args.adapter)
-    conversion = Conversion.of(model, args.base_model)
     plain = model.merge_and_unload(
         progressbar=True, duplicate_kv_heads=args.duplicate_kv_heads, cached_tokens=args.cached_tokens
     )
     report = export_report(plain)
     print(report, flush=True)
     tokenizer = find_tokenizer(args.adapter, source)
+    conversion = Conversion.of(plain, args.base_model)
     save_merged(plain, tokenizer, folder, conversion, name=name, max_shard_size=args.max_shard_size, **card)
     report.save(folder / "export_report.json")
     copy_sentencepiece(source, base_revision(config, args), folder)
@@ -73,7 +73,7 @@ def write_adapter(folder: Path, config: AsymGQAConfig, args: argparse.Namespace,
     for file in ADAPTER_FILES:
         shutil.copy(adapter / file, folder / file)
     if args.push:
-        name_base(folder / "adapter_config.json", published_base(conversion))
+        name_base(folder / "adapter_config.json", conversion)
     if tokenizer := find_tokenizer(args.adapter, source):
         tokenizer.save_pretrained(folder)
     licence = base_licence(conversion.base_source, conversion.base_revision)

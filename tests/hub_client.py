@@ -24,7 +24,6 @@ def push(folder: Path) -> None:
     """Every way to fail, then an adapter and a merged model."""
     from huggingface_hub import HfApi
 
-    from asymgqa_peft.card import Conversion
     from asymgqa_peft.hub import push_adapter_to_hub, push_merged_to_hub
 
     tokenizer = AutoTokenizer.from_pretrained("them/base")
@@ -53,10 +52,12 @@ def push(folder: Path) -> None:
 
     with torch.no_grad():
         save_logits(folder, model)
-    conversion = Conversion.of(model)
-    errors.record("not merged", push_merged_to_hub, model, tokenizer, "me/merged", conversion=conversion)
+    errors.record("not merged", push_merged_to_hub, model, tokenizer, "me/merged")
     plain = model.merge_and_unload()
-    push_merged_to_hub(plain, tokenizer, "me/merged", conversion=conversion, private=False, **card)
+    errors.record("no adapter", push_adapter, "me/plain", pushed=plain)
+    push_merged_to_hub(plain, tokenizer, "me/merged", private=False, **card)
+    saved = AutoModelForCausalLM.from_pretrained("me/merged")
+    errors.record("no memory", push_merged_to_hub, saved, tokenizer, "me/again")
     (folder / "errors.json").write_text(json.dumps(errors))
 
 

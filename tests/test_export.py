@@ -27,11 +27,13 @@ from models import (
     stock,
     wrap,
 )
+from peft import LoraConfig, get_peft_model
 from reference import dense_reference, greedy_alone, relative_error, rows_alone
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from asymgqa_peft import export_report
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token
@@ -376,8 +378,8 @@ def test_report_counts_what_the_models_hold_and_shows_both_choices(duplicate: bo
         assert counted.parameter_bytes == sum(parameter.nbytes for parameter in model.parameters())
         assert counted.model_class == type(model).__name__
         assert counted.kv_bytes_per_token == kv_cache_bytes_per_token(model, torch.float32)
-        heads = (model.config.num_attention_heads, model.config.num_key_value_heads)
-        assert (counted.query_slots, counted.kv_heads) == heads
+        heads = (model.config.num_attention_heads, model.config.num_key_value_heads, 8)
+        assert (counted.query_slots, counted.kv_heads, counted.head_dim) == heads
     assert report.plain != report.other
     later = export_report(plain, cached_tokens=1000)
     assert later.plain.total_bytes(1000) - later.plain.parameter_bytes == 1000 * later.plain.kv_bytes_per_token
@@ -403,7 +405,54 @@ def test_report_and_options_refuse_what_they_cannot_tell():
     model = adapted("llama")
     with pytest.raises(ValueError, match="cached_tokens=-1"):
         model.merge_and_unload(duplicate_kv_heads=True, cached_tokens=-1)
+    with pytest.raises(ValueError, match="cached_tokens=-1"):
+        export_report(model, cached_tokens=-1)
+    with pytest.raises(ValueError, match="prompt_tokens=0"):
+        export_report(model, prompt_tokens=0)
+    with pytest.raises(ValueError, match="is LoraModel, not AsymGQA"):
+        export_report(get_peft_model(copy.deepcopy(stock("llama")), LoraConfig(task_type="CAUSAL_LM")))
+    with pytest.raises(ValueError, match="duplicate_kv_heads=True comes too late"):
+        export_report(adapted("llama").merge_and_unload(), duplicate_kv_heads=True)
     assert model.merge_and_unload().config.num_key_value_heads == 3  # nothing had changed
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot express these groups", "ignore:Input and output embeddings are no")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("duplicate", [False, True])
+@pytest.mark.parametrize("tokens", [None, 0, 1000])
+@pytest.mark.parametrize("name", ["llama", "llama-equal", "llama-gqa", "phi3", "olmo2", "opt", "a trained head"])
+def test_the_report_is_the_same_before_merging(name: str, tokens: int | None, duplicate: bool):
+    if name == "a trained head":
+        model = wrap(copy.deepcopy(stock("llama-equal")), EQUAL_GROUPS, modules_to_save=["lm_head"])
+    else:
+        model = adapted(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    report = export_report(model, tokens, duplicate_kv_heads=duplicate)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    plain = model.merge_and_unload(duplicate_kv_heads=duplicate, cached_tokens=tokens)
+    assert report == export_report(plain)
+    assert report.plain.parameters == plain.num_parameters()
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("name", ["llama", "llama-equal", "phi3-gqa", "gpt_neox"])
+@pytest.mark.filterwarnings("ignore:.*cannot express these groups")
+def test_prefill_operations_are_those_that_torch_counts(name: str, tokens: int):
+    """Token by token, so that no operation is spent on a token that the causal mask hides."""
+    plain = adapted(name).merge_and_unload()
+    report = export_report(plain, prompt_tokens=tokens)
+    for counted, model in ((report.base, stock(name)), (report.plain, plain)):
+        cache = DynamicCache(config=model.config)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            for token in prompt(1, tokens).split(1, dim=1):
+                model.base_model(token, past_key_values=cache)
+        operations = counter.get_flop_counts()
+        rotary = [sum(count.values()) for module, count in operations.items() if module.endswith("rotary_emb")]
+        assert counted.prefill_flops_per_token * tokens == counter.get_total_flops() - sum(rotary)
+    if report.plain.query_slots > report.base.query_slots:  # empty slots cost
+        long = export_report(plain, prompt_tokens=10**6)
+        assert long.plain.prefill_flops_per_token > long.base.prefill_flops_per_token
 
 
 def test_shards_and_tied_weights_in_the_files(exported, tmp_path):

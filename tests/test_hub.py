@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from asymgqa_peft import hub, initialize_asymgqa_weights
 from asymgqa_peft.card import Conversion, base_licence, model_card
+from asymgqa_peft.evaluate import kv_cache_bytes_per_token
 from asymgqa_peft.hub import push_folder, save_adapter, save_merged
 
 HERE = Path(__file__).parent
@@ -123,6 +125,8 @@ def test_merged_model_loads_by_repo_id_without_this_package(session):
         ("interrupted", "ConnectionError", "Push again"),
         ("existing repo", "ValueError", "exist_ok=True"),
         ("not merged", "ValueError", "merge_and_unload"),
+        ("no adapter", "ValueError", "is merged and has no adapter"),
+        ("no memory", "ValueError", "Conversion.from_configs"),
     ],
 )
 def test_failures_are_clear(session, name, kind, says):
@@ -296,7 +300,10 @@ def test_adapter_card_states_the_groups_and_what_is_unknown(family):
     assert text.count("not stated") == 3 and "Not stated." in text
     assert ModelCard(text).data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}  # nothing invented
     layers = [layer.self_attn for layer in model.get_base_model().model.layers]
-    assert conversion.adapter_slots() == layers[0].k_proj.lora_slots["default"].layout.num_slots
+    layout, shape = layers[0].k_proj.lora_groups["default"].slots, conversion.converted_shape
+    assert (shape.num_attention_heads, shape.base_kv_heads) == (layout.num_slots, layout.kv_heads)
+    before, after = (kv_cache_bytes_per_token(counted, torch.float32) for counted in (conversion.base, model))
+    assert f"| KV cache, bytes per token (float32) | {before:,} | {after:,} |" in text
 
 
 def test_card_tells_what_the_report_says_and_refuses_another_adapters():
@@ -322,16 +329,30 @@ def test_saved_folders_keep_our_card_and_local_paths_stay_unpublished(tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "them/base"
 
-    conversion = Conversion.of(model)
-    save_merged(model.merge_and_unload(), None, tmp_path / "plain", conversion)
+    save_merged(model.merge_and_unload(), None, tmp_path / "plain")
     text = (tmp_path / "plain" / "README.md").read_text()
     assert "`base` (a local folder)" in text and str(tmp_path) not in text
     assert ModelCard(text).data.license_name == "tiny" and ModelCard(text).data.license_link is None
 
 
+@pytest.mark.parametrize("family", BASES)
+def test_the_card_is_the_same_whether_facts_come_from_the_merged_model_or_from_configurations(family, tmp_path):
+    model = wrap(BASES[family](), adapter_config(GROUPS[family]))
+    before = Conversion.of(model)
+    config = model.peft_config["default"]
+    plain = model.merge_and_unload()
+    save_merged(plain, None, tmp_path / "merged", name="me/model")
+    configs = Conversion.from_configs(config, before.base, torch.float32)
+    for conversion in (before, configs):
+        save_merged(plain, None, tmp_path / "again", conversion, name="me/model")
+        assert (tmp_path / "again" / "README.md").read_bytes() == (tmp_path / "merged" / "README.md").read_bytes()
+        shutil.rmtree(tmp_path / "again")
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert f"| class | {before.base.architectures[0]} | {type(plain).__name__} |" in text
+
+
 def test_saved_folders_are_whole_or_absent_and_never_mixed(tmp_path, monkeypatch):
     model = wrap(tiny_llama(), adapter_config(GROUPS["llama"]))
-    conversion = Conversion.of(model)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model-00001-of-00002.safetensors").write_bytes(b"of another")
     (tmp_path / "empty").mkdir()
@@ -347,12 +368,12 @@ def test_saved_folders_are_whole_or_absent_and_never_mixed(tmp_path, monkeypatch
                 save_adapter(model, None, tmp_path / folder, base_model="them/base")
         plain = model.merge_and_unload()
         with pytest.raises(OSError, match="disk full"):
-            save_merged(plain, None, tmp_path / "plain", conversion)
+            save_merged(plain, None, tmp_path / "plain")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
     assert not list((tmp_path / "empty").iterdir())
     with pytest.raises(ValueError, match="full' holds something already"):
-        save_merged(plain, None, tmp_path / "full", conversion)
-    save_merged(plain, None, tmp_path / "empty", conversion)
+        save_merged(plain, None, tmp_path / "full")
+    save_merged(plain, None, tmp_path / "empty")
     assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in (tmp_path / "empty").iterdir()}
 
 

@@ -24,7 +24,7 @@ from .checks import (
 )
 from .export import export_plain_model
 from .layer import SharedLayer, SharedProjection
-from .plan import plan_export
+from .plan import ExportPlan, plan_export
 from .site import attention_sites
 
 
@@ -244,6 +244,14 @@ class AsymGQAModel(LoraModel):
             cached_tokens=cached_tokens,
         )
 
+    def plan_export(
+        self, adapter_name: str, *, duplicate_kv_heads: bool = False, cached_tokens: int | None = None
+    ) -> ExportPlan:
+        """What `merge_and_unload` would make of an adapter; arguments and errors are the same, nothing is changed."""
+        config, groups = self.peft_config[adapter_name], self.head_groups(adapter_name)
+        heads = self.sites[0].shared_shape(adapter_name)
+        return plan_export(self.model, config, groups, heads, duplicate_kv_heads, cached_tokens)
+
     def _unload_and_optionally_merge(
         self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **layout: bool | int | None
     ):
@@ -258,9 +266,7 @@ class AsymGQAModel(LoraModel):
         self._warn_if_uninitialized([name])
         if safe_merge:
             self._check_finite(name)
-        plan = plan_export(
-            self.model, self.head_groups(name), self.sites[0].shared_shape(name), **layout
-        )  # may refuse: nothing has changed yet
+        plan = self.plan_export(name, **layout)  # may refuse: nothing has changed yet
         readers = [site.reader(name) for site in self.sites]
         _remove_hooks(self.model)
         model = unload(merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=[name])

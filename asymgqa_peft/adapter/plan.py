@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import transformers
+from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
+from ..config import AsymGQAConfig
 from ..families import Family, StandIn, find_family, head_shape
 from ..groups import HeadGroups, SlotLayout, slot_layout
 from ..heads import HeadShape, SharedShape
@@ -31,9 +33,14 @@ Candidate = tuple[type[PreTrainedModel], type[PretrainedConfig], int, dict]
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What the plain checkpoint will be, decided before any module is touched.
+    """What the plain checkpoint will be, decided before any module is touched; and what it comes from.
+
+    Reports and model cards are read from it. The plain model carries it as `export_plan`, for want of another place
+    that survives the merge; it is never saved.
 
     Attributes:
+        adapter: configuration of the adapter, a copy.
+        groups: its groups of base KV heads.
         plain: class and configuration of the plain model.
         base: of the base; its configuration is a copy.
         other: where groups are unequal, the layout that was not chosen: K/V heads stored more than once if `plain`
@@ -45,6 +52,8 @@ class ExportPlan:
         stand_in: how the plain class differs from the base's; None where it is the same.
     """
 
+    adapter: AsymGQAConfig
+    groups: HeadGroups
     plain: StockModel
     base: StockModel
     other: StockModel | None
@@ -54,11 +63,27 @@ class ExportPlan:
     rotary_scale: float = 1.0
     stand_in: StandIn | None = None
 
+    @classmethod
+    def of(cls, plain: nn.Module) -> ExportPlan:
+        """The plan of a model that `merge_and_unload` returned.
+
+        Raises:
+            ValueError: for any other model: a checkpoint does not tell what its base was.
+        """
+        plan = getattr(plain, "export_plan", None)
+        if not isinstance(plan, cls):
+            raise ValueError(
+                f"{type(plain).__name__} does not come from merge_and_unload(): a checkpoint does not tell what its "
+                "base was. Pass what merge_and_unload() returned."
+            )
+        return plan
+
 
 def plan_export(
     model: PreTrainedModel,
+    adapter: AsymGQAConfig,
     groups: HeadGroups,
-    heads: SharedShape | None = None,
+    heads: SharedShape,
     duplicate_kv_heads: bool = False,
     cached_tokens: int | None = None,
 ) -> ExportPlan:
@@ -71,8 +96,9 @@ def plan_export(
 
     Args:
         model: the base, wrapped or not.
-        groups: of its KV heads.
-        heads: shape of the shared heads; default is the base's width.
+        adapter: configuration of the adapter.
+        groups: of the base's KV heads.
+        heads: shape of the shared heads.
         duplicate_kv_heads: store the K/V head of a large group more than once where fewer slots per K/V head then
             save more bytes of parameters than the further K/V heads add to parameters and cache.
         cached_tokens: tokens in the cache, over all sequences, for that comparison; default is one sequence of the
@@ -91,53 +117,73 @@ def plan_export(
     if cached_tokens < 0:
         raise ValueError(f"cached_tokens={cached_tokens} must not be negative: give the tokens that the cache holds.")
     base = StockModel(type(model), copy.deepcopy(model.config))
-    family, shape = find_family(model.config), head_shape(model.config)
-    if heads is not None and heads.head_dim != shape.head_dim:
-        return _plan_wide(base, groups, heads, family, cached_tokens)
+    if heads.head_dim == heads.base.head_dim:
+        (plain, layouts), other = _choose(base, groups, duplicate_kv_heads, cached_tokens)
+        wide = {}
+    else:
+        (plain, layouts), wide = _choose_wide(base, groups, heads)
+        other = None
+    if not _has_tied_head(model):
+        for stock in (plain, other):
+            if stock is not None:
+                stock.config.tie_word_embeddings = False
+    adapter = copy.deepcopy(adapter)
+    adapter.head_groups = groups.to_lists()
+    return ExportPlan(adapter, groups, plain, base, other, layouts, cached_tokens, **wide)
+
+
+def _has_tied_head(model: PreTrainedModel) -> bool:
+    """Whether the head will still be the embeddings: one that is trained on its own (modules_to_save) will not."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    embeddings = getattr(model.get_input_embeddings(), "weight", None)
+    if head is None or embeddings is None:
+        return True  # no head to untie
+    return head.data_ptr() == embeddings.data_ptr()  # PEFT's rule, by which it writes the merged configuration
+
+
+def _choose(
+    base: StockModel, groups: HeadGroups, duplicate_kv_heads: bool, cached_tokens: int
+) -> tuple[Choice, StockModel | None]:
+    """The layout to write, and the other one of unequal groups where there is one."""
+    family, shape = find_family(base.config), head_shape(base.config)
     if not family.grouped or not family.explicit_head_dim:
-        plain, layouts = _plan_fixed_slots(base, groups, family, shape)
-        return ExportPlan(plain, base, None, layouts, cached_tokens)
+        return _plan_fixed_slots(base, groups, family, shape), None
     duplicated = _plan_duplicated(base, groups, family, shape, cached_tokens)
     try:
         once = _first_accepted(_stored_once(base, groups, family, shape), base, groups, shape)
     except ValueError:
         if not (duplicate_kv_heads and duplicated):
             raise
-        return ExportPlan(duplicated[0], base, None, duplicated[1], cached_tokens)
+        return duplicated, None
     taken, other = once, duplicated
     if duplicate_kv_heads and duplicated:
         taken, other = sorted((once, duplicated), key=lambda choice: _bytes(choice[1], shape, cached_tokens))
-    return ExportPlan(taken[0], base, other and other[0], taken[1], cached_tokens)
+    if other is None:
+        return taken, None
+    return taken, other[0]
 
 
-def _plan_wide(
-    base: StockModel, groups: HeadGroups, heads: SharedShape, family: Family, cached_tokens: int
-) -> ExportPlan:
-    """The plan for heads of another width than the base's: every K/V head once, in a class that says a head_dim."""
+def _choose_wide(base: StockModel, groups: HeadGroups, heads: SharedShape) -> tuple[Choice, dict[str, object]]:
+    """The layout of heads wider than the base's, in a class that says a head_dim, and what else `ExportPlan` needs."""
+    family = find_family(base.config)
     rope = rope_of(base.config, heads)
     widened = replace(base, config=wide_config(base.config, heads, rope, family))
     shape = replace(heads.base, head_dim=heads.head_dim, rotary_dim=heads.rotary_dim)
     stand_in = family.wide_as or family.padded_as
-    candidates = _stored_once(widened, groups, family, shape)
     classes = None
     if stand_in is not None and stand_in.can_replace(base.config):
         classes = _classes_of(widened, stand_in)
     if classes is None:
         stand_in = None
+        candidates = _stored_once(widened, groups, family, shape)
     else:
         candidates = [(*classes, groups.max_group_size * shape.queries_per_kv, stand_in.sets)]
-    plain, layouts = _first_accepted(candidates, widened, groups, shape)
-    query_scale = 1.0 if family.scale_in_config else math.sqrt(heads.head_dim / heads.base.head_dim)
-    return ExportPlan(
-        plain=plain,
-        base=base,
-        other=None,
-        layouts=layouts,
-        cached_tokens=cached_tokens,
-        query_scale=query_scale,
-        rotary_scale=rope.scores_scale,
-        stand_in=stand_in,
-    )
+    choice = _first_accepted(candidates, widened, groups, shape)
+    query_scale = 1.0
+    if not family.scale_in_config:
+        # The stock class divides scores by sqrt(W), the base by sqrt(D).
+        query_scale = math.sqrt(heads.head_dim / heads.base.head_dim)
+    return choice, {"query_scale": query_scale, "rotary_scale": rope.scores_scale, "stand_in": stand_in}
 
 
 def _stored_once(base: StockModel, groups: HeadGroups, family: Family, shape: HeadShape) -> Iterator[Candidate]:
@@ -242,7 +288,7 @@ def _plan_fixed_slots(base: StockModel, groups: HeadGroups, family: Family, shap
         warnings.warn(
             f"{type(base.config).__name__} cannot express these groups: the plain checkpoint stores {kv_heads} KV "
             f"heads, not {groups.num_key_value_heads}, so its cache {shrinks}. Its logits are the adapter's.",
-            stacklevel=5,
+            stacklevel=7,  # who called merge_and_unload
         )
     config = copy.deepcopy(base.config)
     if family.grouped:

@@ -17,6 +17,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,11 +92,16 @@ def builders(config, args: argparse.Namespace) -> dict[str, Callable[[nn.Module]
 
 
 def always_padded(model: PeftModel) -> PeftModel:
-    """Use the layout for a cache without one, too."""
+    """Show the attention slots, as in evaluation mode, in training too."""
     for site in attention_sites(model):
         for layer in site.shared_layers():
-            layer.lora_uncached = layer.lora_slots
+            layer.eval()
+            layer.train = partial(_stay, layer)  # whatever mode the model is put into
     return model
+
+
+def _stay(layer: nn.Module, mode: bool = True) -> nn.Module:
+    return layer
 
 
 @torch.no_grad()

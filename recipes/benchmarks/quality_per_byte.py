@@ -30,11 +30,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
+from asymgqa_peft.tables import markdown_table
 
 RECIPES = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(RECIPES), str(RECIPES / "benchmarks")]
 from initialization import read  # noqa: E402
-from reporting import format_table, print_report  # noqa: E402
+from reporting import print_report  # noqa: E402
 from stdlib_text import held_out_texts, token_blocks, validation_texts  # noqa: E402
 
 BITS = (16, 8, 4)
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     points.sort(key=lambda point: (-point["kv_bytes_per_token"], point["perplexity"]))
     rows = [{**point, "share of MHA": point["kv_bytes_per_token"] / full} for point in points]
     choices = [best_within(points, budget, full) for budget in BUDGETS]
-    print(f"\nthe best at each budget\n{format_table(choices)}\n", flush=True)
+    print(f"\nthe best at each budget\n{markdown_table(choices, aligned=True)}\n", flush=True)
     if args.plot:
         from asymgqa_peft.plotting import plot_quality
 
