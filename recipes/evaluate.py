@@ -6,7 +6,7 @@
 
 A model is a folder or a repository on the Hub, an adapter of any PEFT method included. The first one is what the
 others' KL is taken to, and its tokenizer reads the texts. Prints a table, then one line of JSON. Tasks need
-`pip install asymgqa_peft[eval]`.
+`pip install 'lm-eval[hf]'`.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def find_tasks(args: argparse.Namespace) -> TaskManager:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise SystemExit("--tasks needs lm-eval: pip install 'asymgqa_peft[eval]'") from error
+        raise SystemExit("--tasks needs lm-eval: pip install 'lm-eval[hf]'") from error
 
     options = {"include_path": args.task_folder, "metadata": dict(args.task_metadata)}
     manager = TaskManager(include_defaults=False, **options)

@@ -97,7 +97,7 @@ def test_mmlu_files_give_adapter_and_merged_model_the_same_answers(folders, caps
 
 def test_missing_lm_eval_is_told_before_anything_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(SystemExit, match="asymgqa_peft\\[eval\\]"):
+    with pytest.raises(SystemExit, match="pip install .lm-eval"):
         recipe.main(["no/model", "--tasks", "mmlu"])
 
 
