@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from folders import check_writable, in_one_line, model_called, write_json
 from peft import AutoPeftModelForCausalLM
-from reporting import print_report, provenance
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -34,6 +32,8 @@ from asymgqa_peft.evaluate import (
     perplexity,
     strided_windows,
 )
+from recipes.folders import check_writable, in_one_line, model_called, write_json
+from recipes.reporting import print_report, provenance
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

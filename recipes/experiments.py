@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from folders import write_json
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from asymgqa_peft import AsymGQATrainer
+from recipes.folders import write_json
 
 # Published recipes train on text (SFT); the others learn from the untouched base (distillation).
 ARMS = {

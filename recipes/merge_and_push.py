@@ -16,7 +16,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from folders import in_one_line, model_called, replacing
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -25,6 +24,7 @@ from transformers.utils import cached_file
 from asymgqa_peft import AsymGQAConfig, InitializationReport, export_report
 from asymgqa_peft.card import Conversion, base_licence, model_card
 from asymgqa_peft.hub import check_push_target, name_base, published_base, push_folder, save_merged, write_card
+from recipes.folders import in_one_line, model_called, replacing
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -79,10 +79,10 @@ def initialise_bundled_model() -> InitializationReport:
     """
     import torch
     from peft import get_peft_model
-    from stdlib_text import token_blocks, validation_texts
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from asymgqa_peft import AsymGQAConfig
+    from recipes.stdlib_text import token_blocks, validation_texts
 
     folder = RECIPES / "tiny_model"
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -51,10 +51,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-if __package__:
-    from . import stdlib_text
-else:  # run as a script: its own folder is on the path
-    import stdlib_text
+from recipes import stdlib_text
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 RECIPES = Path(__file__).resolve().parent

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from folders import replacing
 from peft import get_peft_model
-from reporting import print_report
 from safetensors.torch import save_file
-from stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig
 
 from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import perplexity
 from asymgqa_peft.plotting import plot_groups
+from recipes.folders import replacing
+from recipes.reporting import print_report
+from recipes.stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts
 
 RECIPES = Path(__file__).parent
 CLASSIC = "classic GQA (neighbour, mean, SFT)"

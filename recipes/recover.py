@@ -19,13 +19,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import merge_and_push
 import torch
-from checkpoints import checkpoint_bytes, checkpoint_to_resume, held_bytes, is_finished
 from datasets import Dataset, load_dataset
-from folders import check_space, check_writable, in_one_line, model_called, replacing, write_json
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from reporting import print_report
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.integrations import is_fsdp_enabled, unset_hf_deepspeed_config
 from trl import SFTConfig, TrlParser
@@ -33,6 +29,10 @@ from trl import SFTConfig, TrlParser
 from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, InitializationReport, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
 from asymgqa_peft.hub import check_push_target
+from recipes import merge_and_push
+from recipes.checkpoints import checkpoint_bytes, checkpoint_to_resume, held_bytes, is_finished
+from recipes.folders import check_space, check_writable, in_one_line, model_called, replacing, write_json
+from recipes.reporting import print_report
 
 
 @dataclass

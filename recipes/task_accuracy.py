@@ -24,14 +24,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
-from experiments import ARMS, Cells, arm_config, distilled, train
-from folders import replacing
 from peft import get_peft_model
-from reporting import print_report
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
+from recipes.experiments import ARMS, Cells, arm_config, distilled, train
+from recipes.folders import replacing
+from recipes.reporting import print_report
 
 RECIPES = Path(__file__).resolve().parent
 QUESTION, ANSWERS = " It was", (" bad", " good")

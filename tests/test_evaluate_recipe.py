@@ -13,13 +13,14 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import evaluate as recipe
 import pytest
-import recover
 import torch
 from models import wrap
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, TrlParser
+
+from recipes import evaluate as recipe
+from recipes import recover
 
 RECIPES = Path(recipe.__file__).parent
 TINY, TASKS = RECIPES / "tiny_model", RECIPES / "tasks"

@@ -4,12 +4,10 @@ import json
 import shlex
 import subprocess
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
-import evaluate
-import merge_and_push
 import pytest
-import recover
 import torch
 import yaml
 from models import LLAMA3_ROPE
@@ -18,6 +16,8 @@ from recovery_runs import LENGTH, RECIPES, TEXT, losses, run, save_base, save_te
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from trl import SFTConfig, TrlParser
+
+from recipes import evaluate, merge_and_push, recover
 
 LAUNCH = RECIPES / "configs" / "accelerate"  # see test_distributed.py
 CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if LAUNCH not in path.parents)
@@ -30,6 +30,15 @@ FAMILIES = {  # of the models that the configurations name, with their head coun
     "allenai/OLMo-2-1124-7B": ("olmo2", HEADS_32),
     "Qwen/Qwen1.5-7B": ("qwen2", HEADS_32),
 }
+
+
+def test_every_recipe_is_a_module_of_the_package():
+    """Without the script's folder on the path: `python -m recipes.NAME` works too."""
+    names = [f"recipes.{path.stem}" for path in RECIPES.glob("*.py")]
+    names += [f"recipes.benchmarks.{path.stem}" for path in (RECIPES / "benchmarks").glob("*.py")]
+    assert {"recipes.recover", "recipes.benchmarks.decode"} <= set(names)
+    for name in names:
+        assert import_module(name).__doc__, name
 
 
 def test_quickstart_prints_three_measured_rows_twice_in_a_row(tmp_path):

@@ -15,12 +15,10 @@ from __future__ import annotations
 import argparse
 import cProfile
 import pstats
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from peft import get_peft_model
@@ -30,10 +28,7 @@ from transformers import LlamaConfig
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kl_to_reference
 from asymgqa_peft.method.threads import map_in_threads
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from reporting import print_report
-from shapes import (
+from recipes.benchmarks.shapes import (
     SHAPES,
     ceilings,
     median_seconds,
@@ -43,6 +38,7 @@ from shapes import (
     reset_peak,
     shape_config,
 )
+from recipes.reporting import print_report
 
 SECONDS, SEARCH_SHARE, MEMORY = 75.0, 0.25, 8e9
 """Targets: seconds in all, the search's share of them, bytes beyond what is allocated before."""

@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -41,10 +39,8 @@ from asymgqa_peft import AsymGQAConfig
 from asymgqa_peft.adapter.layer import Slots
 from asymgqa_peft.attention import fold, register_grouped_sdpa
 from asymgqa_peft.groups import slot_layout
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from reporting import format_table, print_report
-from shapes import SHAPES, ceilings, graph_seconds, random_llama, shape_config, unequal_groups
+from recipes.benchmarks.shapes import SHAPES, ceilings, graph_seconds, random_llama, shape_config, unequal_groups
+from recipes.reporting import format_table, print_report
 
 PARTS = ("expansion", "attention", "model", "batch")
 KERNELS = {

@@ -26,10 +26,15 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from reporting import format_table, print_report
-from shapes import median_seconds, peak_bytes, plant_similar_heads, random_llama, reset_peak, shape_config
+from recipes.benchmarks.shapes import (
+    median_seconds,
+    peak_bytes,
+    plant_similar_heads,
+    random_llama,
+    reset_peak,
+    shape_config,
+)
+from recipes.reporting import format_table, print_report
 
 STAGES = ("statistics", "targets", "search", "merge", "refit", "converted stream")
 LARGEST_TERM = {  # axis -> exponent of the whole: of its dearest stage

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import lzma
-import sys
 import time
 from pathlib import Path
 
@@ -25,11 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import perplexity
+from recipes.reporting import print_report
+from recipes.stdlib_text import held_out_texts, token_blocks, validation_texts
 
 RECIPES = Path(__file__).resolve().parents[1]
-sys.path.append(str(RECIPES))
-from reporting import print_report  # noqa: E402
-from stdlib_text import held_out_texts, token_blocks, validation_texts  # noqa: E402
 
 
 def arm(grouping: str, merge: str, refit: bool = False, criterion: str = "residual") -> dict:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +25,17 @@ from transformers import AutoModelForCausalLM
 
 from asymgqa_peft import AsymGQAConfig
 from asymgqa_peft.adapter.site import attention_sites
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from reporting import print_report
-from shapes import SHAPES, ceilings, peak_bytes, random_llama, reset_peak, shape_config, synchronize, unequal_groups
+from recipes.benchmarks.shapes import (
+    SHAPES,
+    ceilings,
+    peak_bytes,
+    random_llama,
+    reset_peak,
+    shape_config,
+    synchronize,
+    unequal_groups,
+)
+from recipes.reporting import print_report
 
 RECIPES = Path(__file__).resolve().parents[1]
 LORA, EQUAL, UNEQUAL, PADDED = "LoRA", "equal groups", "unequal groups", "unequal groups, padded slots"

@@ -18,7 +18,6 @@ import copy
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,13 +29,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
+from recipes.benchmarks.initialization import read
+from recipes.reporting import format_table, print_report
+from recipes.stdlib_text import held_out_texts, token_blocks, validation_texts
 
 RECIPES = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(RECIPES), str(RECIPES / "benchmarks")]
-from initialization import read  # noqa: E402
-from reporting import format_table, print_report  # noqa: E402
-from stdlib_text import held_out_texts, token_blocks, validation_texts  # noqa: E402
-
 BITS = (16, 8, 4)
 BLOCK = 32
 BUDGETS = (1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -95,7 +92,7 @@ def models(base: nn.Module, calibration: Tensor, args: argparse.Namespace) -> It
 
 def line_of(arm: str) -> str:
     """The line of the plot that a point lies on: MHA's widths make one, a conversion's ratios one per width."""
-    from experiments import OURS  # with it comes trl, which only a plot has to wait for
+    from recipes.experiments import OURS  # with it comes trl, which only a plot has to wait for
 
     if arm.startswith("MHA"):
         return "MHA, quantised"

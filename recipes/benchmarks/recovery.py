@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,14 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
-
-RECIPES = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(RECIPES), str(RECIPES / "benchmarks")]
-from experiments import ARMS, OURS, Cells, arm_config, distilled, train  # noqa: E402
-from initialization import model_and_texts, read  # noqa: E402
-from quality_per_byte import BITS, quantised_perplexity, recovered_column  # noqa: E402
-from reporting import print_report  # noqa: E402
-from stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts  # noqa: E402
+from recipes.benchmarks.initialization import model_and_texts, read
+from recipes.benchmarks.quality_per_byte import BITS, quantised_perplexity, recovered_column
+from recipes.experiments import ARMS, OURS, Cells, arm_config, distilled, train
+from recipes.reporting import print_report
+from recipes.stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts
 
 CONTROL = "control: MHA, SFT"
 Cell = tuple[dict, Callable[[], dict]]

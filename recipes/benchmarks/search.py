@@ -8,10 +8,8 @@ Prints a table, with the share of the neighbour partition's cost that is left, a
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -20,9 +18,7 @@ from asymgqa_peft.heads import HeadShape
 from asymgqa_peft.method.merge import group_costs, pair_costs
 from asymgqa_peft.method.search import search_partition
 from asymgqa_peft.method.statistics import LayerStatistics
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from reporting import print_report
+from recipes.reporting import print_report
 
 
 def main() -> None:
