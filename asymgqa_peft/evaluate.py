@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,10 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
 from .adapter.layer import SharedProjection
-from .adapter.site import attention_sites, evaluating
+from .adapter.site import AttentionSite, attention_sites, evaluating
+from .batches import Batch, checked_batches
 from .families import head_shape
 
-Batch = Mapping[str, Tensor] | Tensor
 IGNORED = -100
 """Label of a token that is not predicted, as everywhere in transformers."""
 
@@ -30,39 +29,42 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], progress: bool = Fals
         model: a causal language model, wrapped or plain; it is evaluated in eval mode and left as it was.
         batches: dicts with `input_ids` (B, T) and optionally `attention_mask` (B, T) and `labels` (B, T), or
             LongTensors (B, T). A token is predicted if it and its predecessor are attended and its label is not -100.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: if no token is predicted.
+        ValueError: for a malformed batch, before any is computed; or if no token is predicted.
     """
     total, count = 0.0, 0
-    for logits, targets, mask in _predictions(model, batches, "perplexity", progress):
+    for batch in tqdm(checked_batches(batches), desc="perplexity", disable=not progress):
+        logits, targets, mask = _predictions(model, batch)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         total += losses.double()[mask.flatten()].sum().item()
         count += int(mask.sum())
-    return math.exp(total / _counted(count))
+    _check_predicted(count)
+    return math.exp(total / count)
 
 
 @torch.no_grad()
 def kl_to_reference(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], progress: bool = False) -> float:
     """Mean KL(reference || model) of the next-token distributions, in nats per predicted token.
 
-    `reference` may be `model` itself: then it is compared with its own base, the adapter disabled.
+    `reference` may be `model` itself: then it is compared with its own base, the adapter disabled. Batches and errors
+    are those of `perplexity`.
     """
     total, count = 0.0, 0
-    batches = list(batches)
-    own_base = reference is model
-    for batch in tqdm(batches, desc="KL", disable=not progress):
-        logits, _, mask = next(_predictions(model, [batch], "", False))
-        if own_base:
+    for batch in tqdm(checked_batches(batches), desc="KL", disable=not progress):
+        logits, _, mask = _predictions(model, batch)
+        if reference is model:
             with model.disable_adapter():
-                expected, _, _ = next(_predictions(model, [batch], "", False))
+                expected, _, _ = _predictions(model, batch)
         else:
-            expected, _, _ = next(_predictions(reference, [batch], "", False))
+            expected, _, _ = _predictions(reference, batch)
         expected = F.log_softmax(expected.float(), -1).to(logits.device)
         losses = F.kl_div(F.log_softmax(logits.float(), -1), expected, reduction="none", log_target=True).sum(-1)
         total += losses.double()[mask].sum().item()
         count += int(mask.sum())
-    return total / _counted(count)
+    _check_predicted(count)
+    return total / count
 
 
 def strided_windows(
@@ -89,13 +91,30 @@ def strided_windows(
     """
     if not 0 < stride < length:
         raise ValueError(f"stride={stride} must be at least 1 and less than length={length}: windows have to overlap.")
-    windows = chain.from_iterable(_windows(_token_ids(text, tokenizer), length, stride) for text in documents)
-    batches = iter(lambda: list(islice(windows, batch_size)), [])
-    return (_padded_batch(batch, tokenizer.pad_token_id or 0) for batch in batches)
+    return _batches_of_windows(documents, tokenizer, length, stride, batch_size)
+
+
+def _batches_of_windows(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, stride: int, batch_size: int
+) -> Iterator[dict[str, Tensor]]:
+    # Apart from its caller, because a generator would check its arguments only when the first batch is asked for.
+    pad_token_id = tokenizer.pad_token_id or 0
+    waiting = []
+    for text in documents:
+        for window in _windows(_token_ids(text, tokenizer), length, stride):
+            waiting.append(window)
+            if len(waiting) == batch_size:
+                yield _padded_batch(waiting, pad_token_id)
+                waiting = []
+    if waiting:
+        yield _padded_batch(waiting, pad_token_id)
 
 
 def kv_cache_bytes_per_token(config_or_model: PretrainedConfig | nn.Module, dtype: torch.dtype) -> int:
     """Bytes of keys and values that the cache holds for one token, over all layers.
+
+    In each layer they are 2 * stored K/V heads * head dimension * bytes of a number: `num_key_value_heads * head_dim`
+    of a configuration, and under an adapter what its layers store.
 
     Args:
         config_or_model: a stock configuration, a plain model, or a wrapped one (then with the adapter in effect).
@@ -103,12 +122,13 @@ def kv_cache_bytes_per_token(config_or_model: PretrainedConfig | nn.Module, dtyp
     """
     if isinstance(config_or_model, PretrainedConfig):
         shape = head_shape(config_or_model)
-        heads = config_or_model.num_hidden_layers * shape.base_kv_heads
+        numbers = config_or_model.num_hidden_layers * shape.base_kv_heads * shape.head_dim
     else:
-        sites = attention_sites(config_or_model)
-        shape = sites[0].shape
-        heads = sum(_stored_heads(site.key, shape.base_kv_heads) for site in sites)
-    return 2 * heads * shape.head_dim * dtype.itemsize
+        numbers = 0
+        for site in attention_sites(config_or_model):
+            heads, head_dim = _stored_heads(site)
+            numbers += heads * head_dim
+    return 2 * numbers * dtype.itemsize
 
 
 @torch.no_grad()
@@ -132,40 +152,28 @@ def decode_speed(
     return sorted(speeds)[repeats // 2]
 
 
-def as_inputs(batch: Batch) -> dict[str, Tensor]:
-    """`input_ids` (B, T) and, if given, `attention_mask` and `labels` of a batch.
-
-    Raises:
-        ValueError: if the batch is neither a LongTensor (B, T) nor a mapping that holds one.
-    """
-    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
-        raise ValueError(
-            "batches must hold LongTensors (B, T) or dicts with such an 'input_ids', got "
-            f"{type(batch).__name__}{tuple(ids.shape) if isinstance(ids, Tensor) else ''}."
-        )
-    names = ("input_ids", "attention_mask", "labels")
-    return {name: inputs[name] for name in names if inputs.get(name) is not None}
-
-
-def _predictions(model, batches, desc: str, progress: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Logits (B, T - 1, V), targets (B, T - 1) and mask (B, T - 1) of each batch."""
+def _predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, T - 1, V), targets (B, T - 1) and mask (B, T - 1) of a checked batch."""
     device = next(model.parameters()).device
-    for batch in tqdm(batches, desc=desc, disable=not progress):
-        inputs = {name: tensor.to(device) for name, tensor in as_inputs(batch).items()}
-        labels = inputs.pop("labels", inputs["input_ids"])
-        attended = inputs.get("attention_mask", torch.ones_like(labels)).bool()
-        mask = attended[:, 1:] & attended[:, :-1] & (labels[:, 1:] != IGNORED)
-        with evaluating(model):
-            logits = model(**inputs, use_cache=False).logits
-        yield logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device), mask.to(logits.device)
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    ids = inputs["input_ids"]
+    labels = inputs.pop("labels", ids)  # only choose what counts: given to the model, they would cost a loss
+    attended = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    mask = attended[:, 1:] & attended[:, :-1] & (labels[:, 1:] != IGNORED)
+    with evaluating(model):
+        logits = model(**inputs, use_cache=False).logits
+    return logits[:, :-1], ids[:, 1:].to(logits.device), mask.to(logits.device)
 
 
 def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A document's tokens, with a start token before them unless the tokenizer wrote one or has none."""
     ids = list(tokenizer(text, verbose=False).input_ids)
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return ids if start is None or ids[:1] == [start] else [start, *ids]
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
+    if start is not None and ids[:1] != [start]:
+        ids.insert(0, start)
+    return ids
 
 
 def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[int], int]]:
@@ -191,15 +199,20 @@ def _padded_batch(windows: list[tuple[list[int], int]], pad_token_id: int) -> di
     return batch
 
 
-def _counted(count: int) -> int:
+def _check_predicted(count: int) -> None:
     if count == 0:
         raise ValueError("batches hold no token to predict: give sequences of at least two attended tokens.")
-    return count
 
 
-def _stored_heads(key: nn.Module, base_kv_heads: int) -> int:
-    name = key.active() if isinstance(key, SharedProjection) else None
-    return base_kv_heads if name is None else key.lora_slots[name].layout.kv_heads
+def _stored_heads(site: AttentionSite) -> tuple[int, int]:
+    """K/V heads of a layer that go to the cache, and their dimension."""
+    shared = site.key
+    name = shared.active() if isinstance(shared, SharedProjection) else None
+    if name is None:
+        return site.shape.base_kv_heads, site.shape.head_dim
+    # The projection's rows are those of all distinct shared heads; a layout may store a head more than once.
+    distinct = len(shared.parts) * len(shared.partitions[name])
+    return shared.lora_slots[name].layout.kv_heads, shared.lora_kv[name].out_features // distinct
 
 
 def _greedy(logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,9 +12,9 @@ from pathlib import Path
 
 @contextmanager
 def written_beside(path: str | Path) -> Iterator[Path]:
-    """A name beside ``path``, of this process alone, whose file takes its place at the end; nothing stays on an error.
+    """Write a file under a name of its own beside ``path``; at the end it takes the place of ``path``.
 
-    The folder of ``path`` is made if need be.
+    The folder of ``path`` is made if need be. After an error nothing new is left, and ``path`` is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,15 +26,22 @@ def written_beside(path: str | Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def save_json(path: str | Path, value: object) -> None:
+    """Write JSON, and the folder it goes to if need be; a reader never sees half a file."""
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def folder_beside(path: str | Path) -> Iterator[Path]:
-    """An empty folder beside ``path``, which takes its place at the end; nothing stays on an error.
+    """Fill an empty folder beside ``path``; at the end it takes the place of ``path``. After an error it is removed.
 
     What was at ``path`` is removed last: whenever the process is killed, the old folder or the new one is whole on
     disk, for a moment as ``path`` + ".replaced".
     """
     path = Path(path)
-    beside, replaced = (path.with_name(path.name + suffix) for suffix in (".partial", ".replaced"))
+    beside = path.with_name(path.name + ".partial")
+    replaced = path.with_name(path.name + ".replaced")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(beside, ignore_errors=True)  # what a killed run left
     beside.mkdir()

@@ -32,7 +32,8 @@ from asymgqa_peft.evaluate import (
     perplexity,
     strided_windows,
 )
-from recipes.folders import check_writable, in_one_line, model_called, write_json
+from asymgqa_peft.files import save_json
+from recipes.folders import check_writable, in_one_line, model_called
 from recipes.reporting import print_report, provenance
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         del model  # not two converted models at a time
     settings = {key: value for key, value in vars(args).items() if key not in ("models", "output")}
     if args.output:
-        write_json(args.output, {**provenance(args.device), "settings": settings, "rows": rows})
+        save_json(args.output, {**provenance(args.device), "settings": settings, "rows": rows})
     print_report(rows, args.device, settings=settings)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from asymgqa_peft import AsymGQATrainer
-from recipes.folders import write_json
+from asymgqa_peft.files import save_json
 
 # Published recipes train on text (SFT); the others learn from the untouched base (distillation).
 ARMS = {
@@ -58,7 +58,7 @@ class Cells:
         path = self.folder / f"{name}.json"
         if not path.exists():
             cell = {**key, **measure()}
-            write_json(path, cell)
+            save_json(path, cell)
             print(json.dumps(cell), flush=True)
         return json.loads(path.read_text(encoding="utf-8"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from asymgqa_peft.files import folder_beside, written_beside
+from asymgqa_peft.files import folder_beside
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -51,12 +50,6 @@ def in_one_line(subject: str) -> Iterator[None]:
 def model_called(name: str) -> str:
     """A model's name for an error message, which shows that a folder was looked for first."""
     return name if Path(name).exists() else f"{name} is no folder here, and as a repository"
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON; a reader never sees half a file."""
-    with written_beside(path) as beside:
-        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

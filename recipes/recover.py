@@ -28,10 +28,11 @@ from trl import SFTConfig, TrlParser
 
 from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, InitializationReport, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
+from asymgqa_peft.files import save_json
 from asymgqa_peft.hub import check_push_target
 from recipes import merge_and_push
 from recipes.checkpoints import checkpoint_bytes, checkpoint_to_resume, held_bytes, is_finished
-from recipes.folders import check_space, check_writable, in_one_line, model_called, replacing, write_json
+from recipes.folders import check_space, check_writable, in_one_line, model_called, replacing
 from recipes.reporting import print_report
 
 
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     first = training.process_index == 0
     if first:
         report.save(output / INITIALIZATION)
-        write_json(output / EVALUATION, rows)
+        save_json(output / EVALUATION, rows)
         model.print_trainable_parameters()
     save = partial(save_loaded, model, tokenizer, first)
     if not (checkpoint and is_finished(checkpoint, training)):
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     del model, save  # the merge loads the base afresh: a 4-bit or sharded one could not hold the new heads
     leave_process_group(training)
     if first:
-        write_json(output / EVALUATION, rows)
+        save_json(output / EVALUATION, rows)
         print_report(rows, device=training.device, arguments=vars(args))
         publish(args, output)
         print(f"The adapter lies in {output / 'adapter'}, all numbers beside it.")

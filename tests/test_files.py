@@ -1,11 +1,12 @@
 """A file or a folder takes its place whole or not at all."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from asymgqa_peft.files import folder_beside, written_beside
+from asymgqa_peft.files import folder_beside, save_json, written_beside
 
 
 def test_a_file_takes_its_place_and_its_folder_is_made(tmp_path):
@@ -63,3 +64,12 @@ def test_at_no_moment_are_both_folders_gone(tmp_path, monkeypatch):
         monkeypatch.setattr(Path, "rename", watched(Path.rename))
         monkeypatch.setattr(shutil, "rmtree", watched(shutil.rmtree))
     assert len(seen) == 4 and all(seen) and seen[-1] == {"new"}
+
+
+def test_json_is_whole_or_absent(tmp_path):
+    path = tmp_path / "new" / "report.json"
+    save_json(path, {"costs": [1.5, None]})
+    assert json.loads(path.read_text()) == {"costs": [1.5, None]}
+    with pytest.raises(TypeError):
+        save_json(path, {"costs": object()})
+    assert json.loads(path.read_text()) == {"costs": [1.5, None]} and list(path.parent.iterdir()) == [path]

@@ -9,9 +9,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..adapter.site import evaluating
+from ..batches import checked_batches
 from .checks import all_or_nothing, checked_model
 from .report import InitializationReport
-from .streams import Streams, checked_batches
+from .streams import Streams
 from .walk import Walk
 
 __all__ = ["InitializationReport", "initialize_asymgqa_weights"]

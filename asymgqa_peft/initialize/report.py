@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..files import written_beside
+from ..files import save_json
 
 Matrix = list[list[float]]
 
@@ -46,8 +46,7 @@ class InitializationReport:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, and the folder it goes to if need be; a reader never sees half a file."""
-        with written_beside(path) as beside:
-            beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        save_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> InitializationReport:

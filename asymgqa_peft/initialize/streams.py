@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -51,9 +51,11 @@ class Streams:
         device = model.get_input_embeddings().weight.device
         try:
             with _passing_by(layers):
-                for batch in self.batches:
+                for batch, mask in zip(self.batches, self.masks, strict=True):
+                    if mask is not None:
+                        mask = mask.to(device)
                     try:
-                        model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+                        model(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False)
                     except Stop:
                         continue
                     raise ValueError(
@@ -110,31 +112,6 @@ def _home_of_streams(hidden: Tensor, tokens: int) -> torch.device:
     unused = torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
     needed = 3 * tokens * hidden.shape[-1] * hidden.itemsize
     return hidden.device if needed <= (free + unused) / 2 else torch.device("cpu")
-
-
-def checked_batches(batches: Iterable) -> list[dict[str, Tensor]]:
-    """Batches as dicts of input_ids (B, T) and, if given, attention_mask (B, T); ValueError says which is none."""
-    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
-        raise ValueError(
-            f"batches is a {type(batches).__name__}: pass an iterable of batches, e.g. input_ids.split(8)."
-        )
-    return [_checked_batch(index, batch) for index, batch in enumerate(batches)]
-
-
-def _checked_batch(index: int, batch: object) -> dict[str, Tensor]:
-    batch = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
-        seen = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"batches[{index}]: input_ids must be integers of shape (B, T), got {seen}.")
-    if mask is None:
-        return {"input_ids": ids}
-    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        seen = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"batches[{index}]: attention_mask must have input_ids' shape {tuple(ids.shape)}, got {seen}."
-        )
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def mask_of(batch: dict[str, Tensor]) -> Tensor:

@@ -39,8 +39,9 @@ from asymgqa_peft import AsymGQAConfig
 from asymgqa_peft.adapter.layer import Slots
 from asymgqa_peft.attention import fold, register_grouped_sdpa
 from asymgqa_peft.groups import slot_layout
+from asymgqa_peft.tables import markdown_table
 from recipes.benchmarks.shapes import SHAPES, ceilings, graph_seconds, random_llama, shape_config, unequal_groups
-from recipes.reporting import format_table, print_report
+from recipes.reporting import print_report
 
 PARTS = ("expansion", "attention", "model", "batch")
 KERNELS = {
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> dict:
     results = {part: PART[part](config, args, limits) for part in args.only}
     tables = {part: rows for part, rows in results.items() if rows}
     for part, rows in tables.items():
-        print(f"\n{part}\n{format_table(rows)}", flush=True)
+        print(f"\n{part}\n{markdown_table(rows, aligned=True)}", flush=True)
     print("\ntargets")
     checks = targets(results)
     options = {name: str(value) for name, value in vars(args).items()}

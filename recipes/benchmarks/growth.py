@@ -26,6 +26,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
+from asymgqa_peft.tables import markdown_table
 from recipes.benchmarks.shapes import (
     median_seconds,
     peak_bytes,
@@ -34,7 +35,7 @@ from recipes.benchmarks.shapes import (
     reset_peak,
     shape_config,
 )
-from recipes.reporting import format_table, print_report
+from recipes.reporting import print_report
 
 STAGES = ("statistics", "targets", "search", "merge", "refit", "converted stream")
 LARGEST_TERM = {  # axis -> exponent of the whole: of its dearest stage
@@ -73,11 +74,11 @@ def main(arguments: list[str] | None = None) -> dict:
     runs, exponents, extra = {}, [], {}
     for axis in (axis for axis in LARGEST_TERM if axis in args.only):
         runs[axis] = [convert(sizes, sizes["at"] | {axis: size}, args) for size in sizes[axis]]
-        print(f"\n{axis}\n{format_table(runs[axis])}", flush=True)
+        print(f"\n{axis}\n{markdown_table(runs[axis], aligned=True)}", flush=True)
         exponents.append(exponents_of(axis, sizes[axis], runs[axis]))
     if "files" in args.only:
         extra["files"] = [files(sizes, layers, args) for layers in sizes["layers"]]
-        print(f"\nfiles\n{format_table(extra['files'])}", flush=True)
+        print(f"\nfiles\n{markdown_table(extra['files'], aligned=True)}", flush=True)
         columns = {name: [row[name] for row in extra["files"]] for name in FILE_COLUMNS}
         slopes = {f"{name} exponent": slope(sizes["layers"], values) for name, values in columns.items()}
         print(", ".join(f"{name} {value:.2f}" for name, value in slopes.items()), flush=True)

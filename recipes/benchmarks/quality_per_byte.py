@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
+from asymgqa_peft.tables import markdown_table
 from recipes.benchmarks.initialization import read
-from recipes.reporting import format_table, print_report
+from recipes.reporting import print_report
 from recipes.stdlib_text import held_out_texts, token_blocks, validation_texts
 
 RECIPES = Path(__file__).resolve().parents[1]
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     points.sort(key=lambda point: (-point["kv_bytes_per_token"], point["perplexity"]))
     rows = [{**point, "share of MHA": point["kv_bytes_per_token"] / full} for point in points]
     choices = [best_within(points, budget, full) for budget in BUDGETS]
-    print(f"\nthe best at each budget\n{format_table(choices)}\n", flush=True)
+    print(f"\nthe best at each budget\n{markdown_table(choices, aligned=True)}\n", flush=True)
     if args.plot:
         from asymgqa_peft.plotting import plot_quality
 

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from asymgqa_peft.tables import markdown_table
+
 ARMS = {"SFTTrainer": None, "AsymGQATrainer w=1": 1.0, "AsymGQATrainer w=0.5": 0.5}
 BASELINE, TARGET = "SFTTrainer", "AsymGQATrainer w=1"
 LIMITS = {"memory_ratio": 1.15, "time_ratio": 1.45}
@@ -231,14 +233,18 @@ def commit() -> str:
 
 def print_table(summary: dict) -> None:
     """One line per arm, relative to SFTTrainer."""
-    base = summary["arms"][BASELINE]
-    print(f"{'trainer':<22}{'peak GiB':>10}{'ratio':>8}{'s/step':>10}{'ratio':>8}")
+    base, rows = summary["arms"][BASELINE], []
     for name, arm in summary["arms"].items():
-        memory, seconds = arm["peak_bytes"], arm["step_seconds"]
-        print(
-            f"{name:<22}{memory / 2**30:>10.3f}{memory / base['peak_bytes']:>8.3f}"
-            f"{seconds:>10.4f}{seconds / base['step_seconds']:>8.3f}"
+        rows.append(
+            {
+                "trainer": name,
+                "peak GiB": arm["peak_bytes"] / 2**30,
+                "x memory": arm["peak_bytes"] / base["peak_bytes"],
+                "s/step": arm["step_seconds"],
+                "x time": arm["step_seconds"] / base["step_seconds"],
+            }
         )
+    print(markdown_table(rows, aligned=True))
     print(f"expected time ratio from matrix products alone: {summary['expected_time_ratio']:.3f}")
     print(f"limits: memory {LIMITS['memory_ratio']}, time {LIMITS['time_ratio']}; {summary['device']}")
 
