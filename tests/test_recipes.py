@@ -205,16 +205,30 @@ def test_a_missing_folder_is_told_in_one_line(tmp_path):
 
 
 def test_what_was_trained_is_published_as_asked(tmp_path, monkeypatch):
-    """The commands that merge_and_push.py gets; what it makes of them is tested in test_hub.py."""
+    """What merge_and_push.py is asked for; what it makes of that is tested in test_hub.py."""
     calls = []
-    monkeypatch.setattr(merge_and_push, "main", lambda options: calls.append(merge_and_push.parse_args(options)))
+    monkeypatch.setattr(merge_and_push, "publish", calls.append)
     fields = {"model_name_or_path": "me/base", "dataset": "me/text", "num_key_value_heads": 4}
-    for hub, save_plain in (({}, False), ({"hub_adapter_id": "me/adapter"}, False), ({"hub_merged_id": "me/m"}, True)):
-        recover.publish(recover.ConversionArguments(**fields, **hub, save_plain=save_plain), tmp_path)
-    adapter, merged = calls
+    for hub in (
+        {"save_plain": False},
+        {"save_plain": False, "hub_adapter_id": "me/adapter"},
+        {"hub_merged_id": "me/m"},
+        {"load_in_4bit": True},
+    ):
+        recover.publish(recover.ConversionArguments(**fields, **hub), tmp_path)
+    adapter, merged, four_bits = calls
     assert (adapter.adapter_only, adapter.push, adapter.output) == (True, "me/adapter", tmp_path / "pushed_adapter")
     assert (merged.adapter_only, merged.push, merged.output) == (False, "me/m", tmp_path / "plain")
+    assert (four_bits.push, four_bits.dtype, merged.dtype) == (None, "bfloat16", "auto")
     assert {call.adapter for call in calls} == {str(tmp_path / "adapter")} and not any(call.public for call in calls)
+
+
+def test_options_that_are_not_given_keep_their_defaults(tmp_path):
+    found = merge_and_push.parse_args(["me/adapter", "--output", str(tmp_path), "--overwrite"])
+    assert found == merge_and_push.Options("me/adapter", tmp_path, overwrite=True)
+    assert (
+        merge_and_push.parse_args(["me/adapter", "--output", "out", "--max-shard-size", "1GB"]).max_shard_size == "1GB"
+    )
 
 
 def test_the_whole_path_for_llama2_uses_options_that_exist():
