@@ -10,6 +10,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
 
@@ -77,6 +78,16 @@ def test_links_lead_to_files_that_exist(path):
     document = ROOT / path
     for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
         assert (document.parent / target).exists(), target
+
+
+def test_the_workflow_runs_the_suite_as_a_contributor_does():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["tests"]
+    assert job["steps"][-1]["run"] == "bash tests/run.sh"
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    assert job["strategy"]["matrix"]["python"][0] == oldest
+    script = (ROOT / "tests" / "run.sh").read_text(encoding="utf-8")
+    assert "ruff check ." in script and "ruff format --check ." in script
 
 
 def test_no_hint_names_a_package_of_no_index():
