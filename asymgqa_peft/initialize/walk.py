@@ -100,7 +100,7 @@ class Walk:
             tokens=self.tokens,
             seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             search_seconds=round(self.search_seconds, 3),
-            peak_memory=_peak_memory(),
+            peak_memory=peak_memory(),
             notes=[f"layers {_ranges(layers)}: {note}" for note, layers in self.notes.items()],
         )
 
@@ -305,7 +305,8 @@ def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
+    """Bytes, the highest of a CUDA device, or of the process where none is used."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
     if sys.platform == "win32":

@@ -30,13 +30,14 @@ def main() -> None:
     paired = time.perf_counter()
     cap = default_max_group_size(args.heads, args.heads, args.groups)
     rows = []
-    for symmetric in (True, False):
+    for grouping in ("symmetric", "asymmetric"):
         costs = partial(group_costs, moments, shape=shape, criterion="residual", merge="principal")
         begin = time.perf_counter()
-        found = search_partition(costs, args.heads, args.groups, cap, symmetric, args.seed, pairs)
+        equal_sizes = grouping == "symmetric"
+        found = search_partition(costs, args.heads, args.groups, cap, equal_sizes, args.seed, pairs)
         rows.append(
             {
-                "grouping": "symmetric" if symmetric else "asymmetric",
+                "grouping": grouping,
                 "pair costs, s": paired - start,
                 "search, s": time.perf_counter() - begin,
                 "exact evaluations": found.evaluations,
@@ -59,7 +60,8 @@ def random_moments(shape: HeadShape, groups: int, tokens: int, seed: int):
     statistics = LayerStatistics(shape)
     for _ in range(0, tokens, 512):
         hidden = draw(512, groups, dim)[:, source]
-        key, value = (torch.einsum("nhd,hde->nhe", hidden + draw(512, heads, dim), basis) for _ in range(2))
+        key = torch.einsum("nhd,hde->nhe", hidden + draw(512, heads, dim), basis)
+        value = torch.einsum("nhd,hde->nhe", hidden + draw(512, heads, dim), basis)
         statistics.update(draw(1, 512, heads * dim), key.flatten(1)[None], value.flatten(1)[None])
     return statistics.moments(draw(shape.hidden_size, heads * dim).double()).for_search()
 
