@@ -347,7 +347,7 @@ def _new_figure(height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("Plotting needs matplotlib: pip install asymgqa_peft[plot]") from error
+        raise ValueError("Plotting needs matplotlib: pip install matplotlib") from error
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 

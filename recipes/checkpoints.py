@@ -37,19 +37,28 @@ def checkpoint_to_resume(training: SFTConfig) -> Path | None:
     found = _checkpoints(Path(training.output_dir))
     if wanted.lower() == "true":
         for checkpoint in found:
-            if not (defect := _defect(checkpoint, training.world_size)):
+            defect = _defect(checkpoint, training.world_size)
+            if defect is None:
                 return checkpoint
-            aside = checkpoint.with_name(f"incomplete-{checkpoint.name}")  # nothing is ever written into what is left
+            # Renamed, so that nothing is ever written into what is left.
+            aside = checkpoint.with_name(f"incomplete-{checkpoint.name}")
             warnings.warn(f"{checkpoint} is not whole ({defect}): renamed {aside.name}, not used.", stacklevel=2)
             shutil.rmtree(aside, ignore_errors=True)
             checkpoint.rename(aside)
         return None
-    start = None if wanted.lower() == "false" else Path(wanted)
-    if start and (defect := _defect(start, training.world_size)):
-        raise SystemExit(f"resume_from_checkpoint={wanted} is no whole checkpoint: {defect}. Pass true for the last.")
-    if later := [checkpoint for checkpoint in found if not start or _step(checkpoint) > _step(start)]:
+    start, step = None, -1
+    if wanted.lower() != "false":
+        start = Path(wanted)
+        step = _step(start)
+        defect = _defect(start, training.world_size)
+        if defect is not None:
+            raise SystemExit(
+                f"resume_from_checkpoint={wanted} is no whole checkpoint: {defect}. Pass true for the last."
+            )
+    # The last one comes first: it alone tells whether any lies behind the start.
+    if found and _step(found[0]) > step:
         raise SystemExit(
-            f"{later[0]} is of an earlier run, which this one would mix with: continue it with "
+            f"{found[0]} is of an earlier run, which this one would mix with: continue it with "
             "--resume_from_checkpoint true, remove it, or choose another --output_dir."
         )
     return start
@@ -58,34 +67,50 @@ def checkpoint_to_resume(training: SFTConfig) -> Path | None:
 def is_finished(checkpoint: Path, training: SFTConfig) -> bool:
     """Whether all steps had been done there. The Trainer, resumed, would do one more."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    return state.global_step >= (training.max_steps if training.max_steps > 0 else state.max_steps)
+    steps = state.max_steps
+    if training.max_steps > 0:
+        steps = training.max_steps
+    return state.global_step >= steps
 
 
 def checkpoint_bytes(training: SFTConfig, trained_parameters: int) -> int:
     """What the checkpoints of a run take at its fullest moment: a new one is written before an old one goes."""
     if training.save_strategy == SaveStrategy.NO:
         return 0
-    every = training.save_steps if training.save_steps >= 1 else training.save_steps * training.max_steps
     saves = training.num_train_epochs
     if training.save_strategy == SaveStrategy.STEPS:
-        saves = training.max_steps / every if training.max_steps > 0 else 1  # a lower bound: the data decide
+        if training.max_steps <= 0:
+            saves = 1  # a lower bound: the data decide
+        elif training.save_steps >= 1:
+            saves = training.max_steps / training.save_steps
+        else:  # a share of all steps
+            saves = 1 / training.save_steps
     kept = min(math.ceil(saves), (training.save_total_limit or math.inf) + 1)
     return kept * BYTES_PER_PARAMETER * trained_parameters
 
 
 def held_bytes(folder: Path) -> int:
     """What the checkpoints of a folder take already."""
-    return sum(file.stat().st_size for path in _checkpoints(folder) for file in path.rglob("*") if file.is_file())
+    size = 0
+    for checkpoint in _checkpoints(folder):
+        for file in checkpoint.rglob("*"):
+            if file.is_file():
+                size += file.stat().st_size
+    return size
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Last first."""
-    return sorted((path for path in folder.glob("checkpoint-*") if _step(path) >= 0), key=_step, reverse=True)
+    found = [path for path in folder.glob("checkpoint-*") if _step(path) >= 0]
+    return sorted(found, key=_step, reverse=True)
 
 
 def _step(checkpoint: Path) -> int:
+    """The step that a folder is named after, -1 for other names."""
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
-    return int(match.group(1)) if match else -1
+    if match is None:
+        return -1
+    return int(match.group(1))
 
 
 def _defect(checkpoint: Path, processes: int) -> str | None:
@@ -94,16 +119,22 @@ def _defect(checkpoint: Path, processes: int) -> str | None:
     A process writes its files one after another, the first one trainer_state.json at the very end; only the other
     processes' random states may come later. A folder that was copied or ran into a full disk may lack anything.
     """
-    states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    states = ["rng_state.pth"]
+    if processes > 1:
+        states = [f"rng_state_{rank}.pth" for rank in range(processes)]
     if {file.name for file in checkpoint.glob("rng_state*.pth")} - set(states):
         raise SystemExit(f"{checkpoint} was not written by {processes} processes: resume with as many as wrote it.")
     for name in ("adapter_config.json", "adapter_model.safetensors", *states, TRAINER_STATE_NAME):
         if not (checkpoint / name).is_file():
-            fewer = ", or fewer processes wrote it" if processes > 1 and name in states else ""
-            return f"{name} is missing{fewer}"
+            if processes > 1 and name in states:
+                return f"{name} is missing, or fewer processes wrote it"
+            return f"{name} is missing"
     if not any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZERS):
         return "the optimizer's state is missing"
-    return next((f"{file.name} is cut off" for file in sorted(checkpoint.iterdir()) if not _is_complete(file)), None)
+    for file in sorted(checkpoint.iterdir()):
+        if not _is_complete(file):
+            return f"{file.name} is cut off"
+    return None
 
 
 def _is_complete(file: Path) -> bool:

@@ -6,7 +6,7 @@
 
 A model is a folder or a repository on the Hub, an adapter of any PEFT method included. The first one is what the
 others' KL is taken to, and its tokenizer reads the texts. Prints a table, then one line of JSON. Tasks need
-`pip install asymgqa_peft[eval]`.
+`pip install 'lm-eval[hf]'`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from folders import check_writable, in_one_line, model_called
 from peft import AutoPeftModelForCausalLM
-from reporting import print_report, provenance
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -35,6 +33,8 @@ from asymgqa_peft.evaluate import (
     strided_windows,
 )
 from asymgqa_peft.files import save_json
+from recipes.folders import check_writable, in_one_line, model_called
+from recipes.reporting import print_report, provenance
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -121,7 +121,7 @@ def find_tasks(args: argparse.Namespace) -> TaskManager:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise SystemExit("--tasks needs lm-eval: pip install 'asymgqa_peft[eval]'") from error
+        raise SystemExit("--tasks needs lm-eval: pip install 'lm-eval[hf]'") from error
 
     options = {"include_path": args.task_folder, "metadata": dict(args.task_metadata)}
     manager = TaskManager(include_defaults=False, **options)

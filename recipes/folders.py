@@ -49,7 +49,9 @@ def in_one_line(subject: str) -> Iterator[None]:
 
 def model_called(name: str) -> str:
     """A model's name for an error message, which shows that a folder was looked for first."""
-    return name if Path(name).exists() else f"{name} is no folder here, and as a repository"
+    if Path(name).exists():
+        return name
+    return f"{name} is no folder here, and as a repository"
 
 
 @contextmanager

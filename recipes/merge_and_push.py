@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from folders import in_one_line, model_called, replacing
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -25,12 +25,57 @@ from transformers.utils import cached_file
 from asymgqa_peft import AsymGQAConfig, InitializationReport, export_report
 from asymgqa_peft.card import Conversion, base_licence, model_card
 from asymgqa_peft.hub import check_push_target, name_base, push_folder, save_merged, write_card
+from recipes.folders import in_one_line, model_called, replacing
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
+@dataclass(frozen=True)
+class Options:
+    """What to publish and how, as on the command line, whose help says more; its defaults stand here.
+
+    Attributes:
+        adapter: folder or repository of the adapter.
+        output: folder to write.
+        overwrite: replace a model that `output` holds.
+        adapter_only: save and push the adapter instead of the merged model.
+        base: folder or repository of the base; None is what the adapter names.
+        dtype: dtype of the merged weights, or "auto".
+        max_shard_size: largest weights file.
+        duplicate_kv_heads, cached_tokens: layout of unequal groups, as for `merge_and_unload`.
+        push: repository to push to.
+        public: make a new repository public.
+        exist_ok: replace what the repository holds.
+        base_model: the base on the Hub, if it is loaded from a folder.
+        report, evaluation: JSON files that the card reads.
+        calibration_data, recovery_data: what the initialisation and the training read, in words.
+    """
+
+    adapter: str
+    output: Path
+    overwrite: bool = False
+    adapter_only: bool = False
+    base: str | None = None
+    dtype: str = "auto"
+    max_shard_size: str = "5GB"
+    duplicate_kv_heads: bool = False
+    cached_tokens: int | None = None
+    push: str | None = None
+    public: bool = False
+    exist_ok: bool = False
+    base_model: str | None = None
+    report: Path | None = None
+    evaluation: Path | None = None
+    calibration_data: str | None = None
+    recovery_data: str | None = None
+
+
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_args(arguments)
+    publish(parse_args(arguments))
+
+
+def publish(args: Options) -> None:
+    """Write the merged model, or the adapter alone, and push it if asked."""
     card = card_arguments(args)
     with replacing(args.output, args.overwrite) as folder:
         if args.push:
@@ -43,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"Pushed to {push(args)}")
 
 
-def write_merged(folder: Path, config: AsymGQAConfig, args: argparse.Namespace, name: str, **card) -> None:
+def write_merged(folder: Path, config: AsymGQAConfig, args: Options, name: str, **card) -> None:
     """Load base and adapter, merge, save, tell what that saves."""
     source = base_source(config, args)
     base = AutoModelForCausalLM.from_pretrained(source, revision=base_revision(config, args), dtype=args.dtype)
@@ -60,7 +105,7 @@ def write_merged(folder: Path, config: AsymGQAConfig, args: argparse.Namespace, 
     copy_sentencepiece(source, base_revision(config, args), folder)
 
 
-def write_adapter(folder: Path, config: AsymGQAConfig, args: argparse.Namespace, name: str, **card) -> None:
+def write_adapter(folder: Path, config: AsymGQAConfig, args: Options, name: str, **card) -> None:
     """Copy the adapter and describe it; no model is loaded."""
     source = base_source(config, args)
     if args.push and not args.base_model and Path(source).exists():
@@ -80,7 +125,7 @@ def write_adapter(folder: Path, config: AsymGQAConfig, args: argparse.Namespace,
     write_card(folder, model_card(conversion, name=name, licence=licence, **card))
 
 
-def push(args: argparse.Namespace) -> str:
+def push(args: Options) -> str:
     """Upload the finished output; where that breaks off, say how to repeat it without merging again."""
     options = {"private": not args.public, "exist_ok": args.exist_ok}
     try:
@@ -100,7 +145,7 @@ def load_adapter_config(adapter: str) -> AsymGQAConfig:
     return config
 
 
-def base_source(config: AsymGQAConfig, args: argparse.Namespace) -> str:
+def base_source(config: AsymGQAConfig, args: Options) -> str:
     """Folder or repository to load the base from."""
     source = args.base or config.base_model_name_or_path
     if not source:
@@ -108,7 +153,7 @@ def base_source(config: AsymGQAConfig, args: argparse.Namespace) -> str:
     return source
 
 
-def base_revision(config: AsymGQAConfig, args: argparse.Namespace) -> str | None:
+def base_revision(config: AsymGQAConfig, args: Options) -> str | None:
     """The revision that the adapter names, unless another base is given."""
     return None if args.base else config.revision
 
@@ -131,7 +176,7 @@ def copy_sentencepiece(source: str, revision: str | None, folder: Path) -> None:
         shutil.copy(file, folder)
 
 
-def card_arguments(args: argparse.Namespace) -> dict:
+def card_arguments(args: Options) -> dict:
     """What the card is told beside the adapter's own facts."""
     evaluation = json.loads(args.evaluation.read_text()) if args.evaluation else None
     return {
@@ -142,15 +187,19 @@ def card_arguments(args: argparse.Namespace) -> dict:
     }
 
 
-def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(arguments: list[str] | None) -> Options:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given is left to the defaults of Options
+    )
     parser.add_argument("adapter", help="folder or repository of an asymgqa_peft adapter")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that --output holds")
     parser.add_argument("--adapter-only", action="store_true", help="do not merge: save and push the adapter")
     parser.add_argument("--base", help="folder or repository of the base; default: what the adapter names")
-    parser.add_argument("--dtype", default="auto", help="dtype of the merged weights; default: the base's own")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weights file (default %(default)s)")
+    parser.add_argument("--dtype", help="dtype of the merged weights; default: the base's own")
+    parser.add_argument("--max-shard-size", help=f"largest weights file (default {Options.max_shard_size})")
     layout = parser.add_argument_group("unequal groups")
     layout.add_argument(
         "--duplicate-kv-heads",
@@ -174,7 +223,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     card.add_argument("--evaluation", type=Path, help='JSON: rows such as {"model": "base", "perplexity": 9.1}')
     card.add_argument("--calibration-data", help="what the initialisation read, in words")
     card.add_argument("--recovery-data", help="what the adapter was trained on, in words")
-    args = parser.parse_args(arguments)
+    args = Options(**vars(parser.parse_args(arguments)))
     if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         parser.error(f"--dtype {args.dtype}: not a dtype of torch, e.g. bfloat16.")
     return args

@@ -79,10 +79,10 @@ def initialise_bundled_model() -> InitializationReport:
     """
     import torch
     from peft import get_peft_model
-    from stdlib_text import token_blocks, validation_texts
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from asymgqa_peft import AsymGQAConfig
+    from recipes.stdlib_text import token_blocks, validation_texts
 
     folder = RECIPES / "tiny_model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -96,7 +96,9 @@ def initialise_bundled_model() -> InitializationReport:
 def read_points(path: Path) -> Sequence[Mapping]:
     """Points of `plot_quality`: the list "rows" of what quality_per_byte.py or a hand wrote."""
     value = read_json(path)
-    rows = value.get("rows") if isinstance(value, dict) else None
+    rows = None
+    if isinstance(value, dict):
+        rows = value.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(
             f'{path} has no list "rows" of points: {{"rows": [{{"arm", "kv_bytes_per_token", "perplexity"}}, ...]}}.'
@@ -107,7 +109,9 @@ def read_points(path: Path) -> Sequence[Mapping]:
 def read_log_history(path: Path) -> Sequence:
     """A Trainer's log: a trainer_state.json, or the list log_history alone."""
     value = read_json(path)
-    log = value.get("log_history") if isinstance(value, dict) else value
+    log = value
+    if isinstance(value, dict):
+        log = value.get("log_history")
     if not isinstance(log, list):
         raise ValueError(f"{path} holds no log_history: give a checkpoint's trainer_state.json, or the list itself.")
     return log

@@ -51,10 +51,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-if __package__:
-    from . import stdlib_text
-else:  # run as a script: its own folder is on the path
-    import stdlib_text
+from recipes import stdlib_text
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 RECIPES = Path(__file__).resolve().parent
@@ -165,7 +162,10 @@ def load_corpus(args: argparse.Namespace) -> Corpus:
 
 def read_pieces(path: Path) -> list[str]:
     """A text file, cut at blank lines into pieces of about `PIECE_CHARACTERS`, in order."""
-    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+    opened = open
+    if path.suffix == ".xz":
+        opened = lzma.open
+    with opened(path, "rt", encoding="utf-8") as file:
         paragraphs = file.read().split("\n\n")
     pieces, piece, length = [], [], 0
     for paragraph in paragraphs:
@@ -174,7 +174,9 @@ def read_pieces(path: Path) -> list[str]:
         if length >= PIECE_CHARACTERS:
             pieces.append("\n\n".join(piece))
             piece, length = [], 0
-    return pieces + ["\n\n".join(piece)] if piece else pieces
+    if piece:
+        pieces.append("\n\n".join(piece))
+    return pieces
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, block_size: int) -> PreTrainedTokenizerFast:
@@ -224,7 +226,10 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
 
 def residual_projections(model: LlamaForCausalLM) -> list[torch.nn.Linear]:
     """The projections whose output is added to the residual stream."""
-    return [linear for layer in model.model.layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    projections = []
+    for layer in model.model.layers:
+        projections += [layer.self_attn.o_proj, layer.mlp.down_proj]
+    return projections
 
 
 def add_dropout(model: LlamaForCausalLM, probability: float) -> list[torch.utils.hooks.RemovableHandle]:
@@ -261,10 +266,15 @@ def next_token_loss(hidden: torch.Tensor, embedding: torch.Tensor, ids: torch.Lo
 
 def build_optimizer(model: LlamaForCausalLM, args: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only."""
-    parameters = list(model.parameters())
+    matrices, vectors = [], []
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
@@ -425,6 +435,11 @@ def command_line(args: argparse.Namespace, tokens: int) -> str:
     return shlex.join([*words, "--tokens", str(tokens)])
 
 
+def as_code(names: Sequence[str]) -> str:
+    """Names in Markdown's code style, commas between."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def model_card(args: argparse.Namespace, corpus: Corpus, record: TrainingRecord, measured: Measurement) -> str:
     """The README.md of the output folder."""
     ratio = measured.neighbour_mean_perplexity / measured.held_out_perplexity
@@ -437,13 +452,13 @@ def model_card(args: argparse.Namespace, corpus: Corpus, record: TrainingRecord,
             [
                 "Never trained on, nor used for the tokenizer, nor used to choose anything:",
                 "",
-                "- modules: " + ", ".join(f"`{name}`" for name in stdlib_text.HELD_OUT_MODULES),
-                "- help topics: " + ", ".join(f"`{name}`" for name in stdlib_text.HELD_OUT_TOPICS),
+                "- modules: " + as_code(stdlib_text.HELD_OUT_MODULES),
+                "- help topics: " + as_code(stdlib_text.HELD_OUT_TOPICS),
                 "",
                 "Choices (learning rate, length, which weights to keep) were made on:",
                 "",
-                "- modules: " + ", ".join(f"`{name}`" for name in stdlib_text.VALIDATION_MODULES),
-                "- help topics: " + ", ".join(f"`{name}`" for name in stdlib_text.VALIDATION_TOPICS),
+                "- modules: " + as_code(stdlib_text.VALIDATION_MODULES),
+                "- help topics: " + as_code(stdlib_text.VALIDATION_TOPICS),
                 "",
                 "Another Python version's standard library gives slightly different text, hence slightly different "
                 "perplexities.",

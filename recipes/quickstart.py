@@ -15,21 +15,22 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from folders import replacing
 from peft import get_peft_model
-from reporting import print_report
 from safetensors.torch import save_file
-from stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig
 
 from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import perplexity
 from asymgqa_peft.plotting import plot_groups
+from recipes.folders import replacing
+from recipes.reporting import print_report
+from recipes.stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts
 
 RECIPES = Path(__file__).parent
 CLASSIC = "classic GQA (neighbour, mean, SFT)"
 OURS = "asymmetric, principal, refit, distilled"
+FOLDERS = {CLASSIC: "classic", OURS: "plain"}
 LEARNING_RATES = {CLASSIC: 2e-3, OURS: 5e-4}  # LoRA's; each the best of three on validation modules
 
 
@@ -57,7 +58,7 @@ def main() -> None:
             print(f"The groups of every layer are drawn in {picture}")
         before = perplexity(model, held_out.split(8))
         recover(model, tokenizer, train, arm, args)
-        folder = args.output / ("plain" if arm == OURS else "classic")
+        folder = args.output / FOLDERS[arm]
         with replacing(folder, overwrite=True) as beside:
             model.merge_and_unload().save_pretrained(beside)
             tokenizer.save_pretrained(beside)
@@ -71,12 +72,14 @@ def main() -> None:
 def wrap(arm: str, args: argparse.Namespace) -> torch.nn.Module:
     """The bundled model as a PeftModel with one shared K/V head for four."""
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    baseline = {"grouping": "neighbour", "merge": "mean"} if arm == CLASSIC else {}
+    choices = {}  # ours are the defaults
+    if arm == CLASSIC:
+        choices = {"grouping": "neighbour", "merge": "mean"}
     config = AsymGQAConfig(
         num_key_value_heads=args.kv_heads or base.config.num_attention_heads // 4,
         seed=args.seed,
         task_type="CAUSAL_LM",
-        **baseline,
+        **choices,
     )
     model = get_peft_model(base, config)
     model.print_trainable_parameters()
@@ -106,7 +109,7 @@ def recover(model, tokenizer, blocks: torch.Tensor, arm: str, args: argparse.Nam
         ),
         train_dataset=Dataset.from_dict({"input_ids": sequences.tolist()}),
         processing_class=tokenizer,
-        distillation_weight=1.0 if arm == OURS else 0.0,
+        distillation_weight=float(arm == OURS),
     )
     trainer.train()
 

@@ -13,19 +13,13 @@ The result lies in `output_dir`: `adapter/`, `plain/` (merged), `initialization.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import merge_and_push
 import torch
-from checkpoints import checkpoint_bytes, checkpoint_to_resume, held_bytes, is_finished
 from datasets import Dataset, load_dataset
-from folders import check_space, check_writable, in_one_line, model_called, replacing
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from reporting import print_report
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from transformers.integrations import is_fsdp_enabled, unset_hf_deepspeed_config
 from trl import SFTConfig, TrlParser
@@ -34,6 +28,10 @@ from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, InitializationReport, in
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
 from asymgqa_peft.files import save_json
 from asymgqa_peft.hub import check_push_target
+from recipes import merge_and_push
+from recipes.checkpoints import checkpoint_bytes, checkpoint_to_resume, held_bytes, is_finished
+from recipes.folders import check_space, check_writable, in_one_line, model_called, replacing
+from recipes.reporting import print_report
 
 
 @dataclass
@@ -85,16 +83,32 @@ INITIALIZATION, EVALUATION = "initialization.json", "evaluation.json"
 def main(arguments: list[str] | None = None) -> None:
     with in_one_line("options"):
         args, training = TrlParser((ConversionArguments, SFTConfig)).parse_args_and_config(arguments)
-    unset_hf_deepspeed_config()  # else ZeRO-3 would shard, on loading, weights that the initialisation has to read
+    # Else ZeRO-3 would shard, on loading, weights that the initialisation has to read.
+    unset_hf_deepspeed_config()
     output = check_writable(training.output_dir)
     check_hub_targets(args)
     check_dataset(args.dataset)
-    with training.main_process_first(local=False, desc="choosing the checkpoint"):  # it renames half-written ones
+    # One process renames half-written checkpoints before the others look.
+    with training.main_process_first(local=False, desc="choosing the checkpoint"):
         checkpoint = checkpoint_to_resume(training)
-    with in_one_line(model_called(args.model_name_or_path)):  # no such base, or one that the options do not fit
+    # Here a base is found out that does not exist, or that the options do not fit.
+    with in_one_line(model_called(args.model_name_or_path)):
         needed = bytes_to_write(args, training)
     check_space(output, needed - held_bytes(output))
     set_seed(training.seed)
+    # On return no model is left: the merge loads the base afresh, since a 4-bit or sharded one could not hold the
+    # new heads.
+    rows = recover(args, training, checkpoint, output)
+    leave_process_group(training)
+    if training.process_index == 0:
+        save_json(output / EVALUATION, rows)
+        print_report(rows, device=training.device, arguments=vars(args))
+        publish(args, output)
+        print(f"The adapter lies in {output / 'adapter'}, all numbers beside it.")
+
+
+def recover(args: ConversionArguments, training: SFTConfig, checkpoint: Path | None, output: Path) -> list[dict]:
+    """Make the adapter or load the checkpoint's, train it, save it in `output`; rows of the evaluation."""
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     with training.main_process_first(desc="reading the data"):
         data = load_data(args, training, tokenizer)
@@ -102,24 +116,19 @@ def main(arguments: list[str] | None = None) -> None:
         model, report, rows = resume(checkpoint, args, training)
     else:
         model, report, rows = initialise(args, training, data)
-    first = training.process_index == 0
-    if first:
+    if training.process_index == 0:
         report.save(output / INITIALIZATION)
         save_json(output / EVALUATION, rows)
         model.print_trainable_parameters()
-    save = partial(save_loaded, model, tokenizer, first)
-    if not (checkpoint and is_finished(checkpoint, training)):
-        model, save = train(model, tokenizer, data.train, checkpoint, args, training)
-    save_adapter(save, output / "adapter", first)
+    if checkpoint and is_finished(checkpoint, training):
+        save_loaded(model, tokenizer, output / "adapter", training)
+    else:
+        trainer = train(model, tokenizer, data.train, checkpoint, args, training)
+        save_trained(trainer, output / "adapter", training)
+        model = trainer.model  # sharded by now, if the launch configuration says so
     recovered = perplexity(model, data.held_out.split(args.calibration_batch_size))
     rows.append({**rows[-1], "model": "recovered", "held-out perplexity": recovered})
-    del model, save  # the merge loads the base afresh: a 4-bit or sharded one could not hold the new heads
-    leave_process_group(training)
-    if first:
-        save_json(output / EVALUATION, rows)
-        print_report(rows, device=training.device, arguments=vars(args))
-        publish(args, output)
-        print(f"The adapter lies in {output / 'adapter'}, all numbers beside it.")
+    return rows
 
 
 def check_hub_targets(args: ConversionArguments) -> None:
@@ -130,8 +139,9 @@ def check_hub_targets(args: ConversionArguments) -> None:
             f"{args.model_name_or_path!r} is a folder of yours. Give the base by its Hub id, or push later with "
             "merge_and_push.py --adapter-only --base-model OWNER/NAME."
         )
-    for repo_id in filter(None, (args.hub_adapter_id, args.hub_merged_id)):
-        check_push_target(repo_id)
+    for repo_id in (args.hub_adapter_id, args.hub_merged_id):
+        if repo_id:
+            check_push_target(repo_id)
 
 
 def check_dataset(name: str) -> None:
@@ -148,12 +158,18 @@ def bytes_to_write(args: ConversionArguments, training: SFTConfig) -> int:
     config = AutoConfig.from_pretrained(args.model_name_or_path)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
-        plain = base.num_parameters() * (2 if args.load_in_4bit else (config.dtype or torch.float32).itemsize)
+        base_parameters = base.num_parameters()
         model = get_peft_model(base, adapter_config(args, training), low_cpu_mem_usage=True)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    adapters = 4 * trained * (2 if args.hub_adapter_id else 1)
-    plain = plain if args.save_plain or args.hub_merged_id else 0
-    return adapters + checkpoint_bytes(training, trained) + plain
+    trained, _ = model.get_nb_trainable_parameters()
+    needed = 4 * trained + checkpoint_bytes(training, trained)
+    if args.hub_adapter_id:  # the copy that is pushed
+        needed += 4 * trained
+    if args.save_plain or args.hub_merged_id:
+        dtype = config.dtype or torch.float32
+        if args.load_in_4bit:
+            dtype = torch.bfloat16
+        needed += dtype.itemsize * base_parameters
+    return needed
 
 
 def initialise(args: ConversionArguments, training: SFTConfig, data: Data) -> Start:
@@ -164,29 +180,27 @@ def initialise(args: ConversionArguments, training: SFTConfig, data: Data) -> St
     held_out = data.held_out.split(args.calibration_batch_size)
     with model.disable_adapter():
         before = perplexity(model, held_out)
-    numbers = (("base", model.config, before), ("initialised", model, perplexity(model, held_out)))
-    rows = [
-        {
-            "model": name,
-            "held-out perplexity": value,
-            "KV bytes/token": kv_cache_bytes_per_token(cached, model.config.dtype or torch.float32),
-        }
-        for name, cached, value in numbers
-    ]
+    rows = []
+    # The base's configuration knows all its heads, the wrapped model those that it shares.
+    for name, cached, value in (("base", model.config, before), ("initialised", model, perplexity(model, held_out))):
+        size = kv_cache_bytes_per_token(cached, model.config.dtype or torch.float32)
+        rows.append({"model": name, "held-out perplexity": value, "KV bytes/token": size})
     return model, report, rows
 
 
 def resume(checkpoint: Path, args: ConversionArguments, training: SFTConfig) -> Start:
     """Wrap the base with the checkpoint's adapter, which holds the groups: nothing is initialised again."""
     run = checkpoint.parent
-    if missing := [name for name in (INITIALIZATION, EVALUATION) if not (run / name).is_file()]:
+    missing = [name for name in (INITIALIZATION, EVALUATION) if not (run / name).is_file()]
+    if missing:
         raise SystemExit(f"{run} lacks {', '.join(missing)}: {checkpoint.name} is not of this recipe.")
     saved, wanted = PeftConfig.from_pretrained(checkpoint), adapter_config(args, training)
     for name in ("num_key_value_heads", "grouping", "criterion", "merge", "max_group_size", "r", "lora_alpha"):
-        if getattr(saved, name, None) != getattr(wanted, name):
+        before, now = getattr(saved, name, None), getattr(wanted, name)
+        if before != now:
             raise SystemExit(
-                f"{checkpoint} was trained with {name}={getattr(saved, name, None)!r}, now it is "
-                f"{getattr(wanted, name)!r}: set it back, or start anew in another --output_dir."
+                f"{checkpoint} was trained with {name}={before!r}, now it is {now!r}: set it back, or start anew in "
+                "another --output_dir."
             )
     model = PeftModel.from_pretrained(load_base(args, training), checkpoint, is_trainable=True)
     rows = json.loads((run / EVALUATION).read_text(encoding="utf-8"))[:2]
@@ -195,8 +209,8 @@ def resume(checkpoint: Path, args: ConversionArguments, training: SFTConfig) -> 
 
 def train(
     model: PeftModel, tokenizer, rows: Dataset, checkpoint: Path | None, args: ConversionArguments, training: SFTConfig
-) -> tuple[torch.nn.Module, Callable[[str], None]]:
-    """Recover; returns the model, which may now be sharded, and what saves its adapter if all processes call it."""
+) -> AsymGQATrainer:
+    """Recover, from the beginning or from the checkpoint on."""
     trainer = AsymGQATrainer(
         model=model,
         args=training,
@@ -206,25 +220,30 @@ def train(
         temperature=args.temperature,
         kv_learning_rate_scale=args.kv_learning_rate_scale,
     )
-    if trainer.is_fsdp_enabled:  # else neither checkpoints nor save_model would hold the adapter
+    # Else neither checkpoints nor save_model would hold the adapter.
+    if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer.model, trainer.save_model
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return trainer
 
 
-def save_loaded(model: PeftModel, tokenizer, first: bool, folder: str) -> None:
-    """Save the adapter of a model that was loaded from its last checkpoint and not trained since."""
-    if first:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+def save_trained(trainer: AsymGQATrainer, folder: Path, training: SFTConfig) -> None:
+    """Save the adapter, whole or not at all. Every process gives its part of the weights, the first one writes."""
+    if training.process_index != 0:
+        trainer.save_model(str(folder))
+        return
+    with replacing(folder, overwrite=True) as beside:
+        trainer.save_model(str(beside))
+        # A pickle, and the checkpoints have it.
+        (beside / "training_args.bin").unlink(missing_ok=True)
 
 
-def save_adapter(save: Callable[[str], None], folder: Path, first: bool) -> None:
-    """Save the adapter, whole or not at all. Every process takes part, the first one writes."""
-    with replacing(folder, overwrite=True) if first else nullcontext(folder) as beside:
-        save(str(beside))
-        if first:
-            (beside / "training_args.bin").unlink(missing_ok=True)  # pickled; the checkpoints have it
+def save_loaded(model: PeftModel, tokenizer, folder: Path, training: SFTConfig) -> None:
+    """Save the adapter of the last checkpoint, after which nothing was trained: every process holds it whole."""
+    if training.process_index == 0:
+        with replacing(folder, overwrite=True) as beside:
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
 
 
 def leave_process_group(training: SFTConfig) -> None:
@@ -237,18 +256,22 @@ def leave_process_group(training: SFTConfig) -> None:
 
 def publish(args: ConversionArguments, output: Path) -> None:
     """Push the adapter, merge, push the merged model: what of it was asked for."""
-    options = ["--overwrite", "--report", str(output / INITIALIZATION), "--evaluation", str(output / EVALUATION)]
-    options += ["--calibration-data", args.dataset, "--recovery-data", args.dataset]
-    adapter = str(output / "adapter")
+    described = merge_and_push.Options(
+        adapter=str(output / "adapter"),
+        output=output / "plain",
+        overwrite=True,
+        report=output / INITIALIZATION,
+        evaluation=output / EVALUATION,
+        calibration_data=args.dataset,
+        recovery_data=args.dataset,
+    )
     if args.hub_adapter_id:
-        pushed = ["--adapter-only", "--output", str(output / "pushed_adapter"), "--push", args.hub_adapter_id]
-        merge_and_push.main([adapter, *pushed, *options])
-    if args.load_in_4bit:
-        options += ["--dtype", "bfloat16"]
-    if args.hub_merged_id:
-        options += ["--push", args.hub_merged_id]
+        copy = output / "pushed_adapter"
+        merge_and_push.publish(replace(described, output=copy, adapter_only=True, push=args.hub_adapter_id))
     if args.save_plain or args.hub_merged_id:
-        merge_and_push.main([adapter, "--output", str(output / "plain"), *options])
+        # A 4-bit base is merged in the dtype that its adapter was trained in.
+        dtype = "bfloat16" if args.load_in_4bit else described.dtype
+        merge_and_push.publish(replace(described, dtype=dtype, push=args.hub_merged_id))
 
 
 def load_base(args: ConversionArguments, training: SFTConfig) -> torch.nn.Module:

@@ -31,7 +31,7 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, object]:
 def print_report(rows: Sequence[Mapping[str, object]], device: str | torch.device = "cpu", **extra: object) -> None:
     """Print the table, then everything as one JSON line."""
     print(markdown_table(rows, aligned=True), flush=True)
-    print(json.dumps({**provenance(device), **extra, "rows": list(rows)}), flush=True)
+    print(json.dumps({**provenance(device), **extra, "rows": list(rows)}, default=str), flush=True)
 
 
 def _commit() -> str:

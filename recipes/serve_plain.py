@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 @torch.no_grad()
 def perplexity(model, blocks: torch.Tensor, batch_size: int = 8) -> float:
     """exp of the mean next-token loss over blocks (N, T), all of one length."""
-    losses = [model(input_ids=batch, labels=batch).loss.double() * len(batch) for batch in blocks.split(batch_size)]
-    return math.exp(torch.stack(losses).sum() / len(blocks))
+    total = 0.0
+    for batch in blocks.split(batch_size):
+        total += model(input_ids=batch, labels=batch).loss.item() * len(batch)
+    return math.exp(total / len(blocks))
 
 
 @torch.no_grad()
@@ -52,10 +54,14 @@ def main() -> None:
     prompts = blocks[: args.batch_size, : blocks.shape[1] - args.new_tokens]
     speed, cache = decode(model, prompts, args.new_tokens)
     assert "asymgqa_peft" not in sys.modules
+    bytes_per_token = 0
+    for layer in cache.layers:
+        kv_heads, head_dim = layer.keys.shape[1], layer.keys.shape[3]
+        bytes_per_token += 2 * kv_heads * head_dim * layer.keys.itemsize
     result = {
         "class": type(model).__name__,
         "cache_kv_heads": cache.layers[0].keys.shape[1],
-        "cache_bytes_per_token": sum(2 * t.keys.shape[1] * t.keys.shape[3] * t.keys.itemsize for t in cache.layers),
+        "cache_bytes_per_token": bytes_per_token,
         "parameters": model.num_parameters(),
         "perplexity": perplexity(model, blocks),
         "decode_tokens_per_s": speed,

@@ -71,11 +71,17 @@ def training_texts(stdlib: str | Path | None = None) -> list[str]:
     `stdlib` is the folder of a standard library; `None` means that of the running interpreter.
     """
     root = _stdlib_folder(stdlib)
-    left_out = {_module_path(root, name) for name in HELD_OUT_MODULES + VALIDATION_MODULES}
-    modules = [text for path in _source_files(root) if path not in left_out and (text := _read_or_none(path))]
+    left_out = set(_module_paths(root, HELD_OUT_MODULES + VALIDATION_MODULES))
+    texts = []
+    for path in _source_files(root):
+        if path not in left_out:
+            text = _read_or_none(path)
+            if text:
+                texts.append(text)
     topics = _topics(root)
-    kept = sorted(topics.keys() - {*HELD_OUT_TOPICS, *VALIDATION_TOPICS})
-    return modules + [topics[name] for name in kept]
+    for name in sorted(topics.keys() - {*HELD_OUT_TOPICS, *VALIDATION_TOPICS}):
+        texts.append(topics[name])
+    return texts
 
 
 def held_out_texts(stdlib: str | Path | None = None) -> list[str]:
@@ -93,7 +99,10 @@ def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> torch
     import torch
 
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.cat([torch.tensor([*ids, tokenizer.eos_token_id], dtype=torch.long) for ids in encoded])
+    tokens: list[int] = []
+    for ids in encoded:
+        tokens += [*ids, tokenizer.eos_token_id]
+    return torch.tensor(tokens, dtype=torch.long)
 
 
 def token_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.LongTensor:
@@ -108,20 +117,23 @@ def token_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block
 def _stdlib_folder(stdlib: str | Path | None) -> Path:
     """The standard library's folder, checked to hold .py sources (some installations carry only .pyc or a zip)."""
     root = Path(stdlib or sysconfig.get_path("stdlib"))
-    needed = [_module_path(root, name) for name in HELD_OUT_MODULES + VALIDATION_MODULES]
-    needed.append(_module_path(root, "pydoc_data.topics"))
+    needed = _module_paths(root, (*HELD_OUT_MODULES, *VALIDATION_MODULES, "pydoc_data.topics"))
     missing = [path.relative_to(root).as_posix() for path in needed if not path.is_file()]
     if missing:
+        shown = ", ".join(missing[:3])
+        if len(missing) > 3:
+            shown += ", ..."
         raise FileNotFoundError(
             f"the standard library in {root} lacks .py sources: {len(missing)} of the {len(needed)} looked for "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); "
+            f"({shown}); "
             "use a full CPython 3.10 to 3.14, or name the folder of its standard library"
         )
     return root
 
 
-def _module_path(root: Path, module: str) -> Path:
-    return root.joinpath(*module.split(".")).with_suffix(".py")
+def _module_paths(root: Path, modules: Sequence[str]) -> list[Path]:
+    """Files of modules named with dots."""
+    return [root.joinpath(*module.split(".")).with_suffix(".py") for module in modules]
 
 
 def _source_files(root: Path) -> list[Path]:
@@ -130,8 +142,9 @@ def _source_files(root: Path) -> list[Path]:
     for folder, subfolders, files in os.walk(root):
         # Folders no import can name (site-packages, config-3.11-x86_64-linux-gnu, ...) are not the library's own.
         subfolders[:] = [name for name in subfolders if name.isidentifier() and name not in _SKIPPED_FOLDERS]
-        names = [name for name in files if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIX)]
-        found += [Path(folder, name) for name in names]
+        for name in files:
+            if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIX):
+                found.append(Path(folder, name))
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -149,14 +162,18 @@ def _read_or_none(path: Path) -> str | None:
 
 def _topics(root: Path) -> dict[str, str]:
     """`pydoc_data.topics.topics`, parsed rather than imported so that any installation's folder can be read."""
-    tree = ast.parse(_read_source(_module_path(root, "pydoc_data.topics")))
+    (path,) = _module_paths(root, ["pydoc_data.topics"])
+    tree = ast.parse(_read_source(path))
     for node in tree.body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["topics"]:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "topics":
             return ast.literal_eval(node.value)
     raise ValueError(f"pydoc_data/topics.py in {root} assigns no dict named topics; use a CPython 3.10 to 3.14")
 
 
 def _named_texts(stdlib: str | Path | None, modules: Sequence[str], topics: Sequence[str]) -> list[str]:
     root = _stdlib_folder(stdlib)
-    texts = _topics(root)
-    return [_read_source(_module_path(root, name)) for name in modules] + [texts[name] for name in topics]
+    known_topics = _topics(root)
+    texts = list(map(_read_source, _module_paths(root, modules)))
+    for name in topics:
+        texts.append(known_topics[name])
+    return texts

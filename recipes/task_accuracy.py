@@ -6,9 +6,9 @@ r"""The published experiment at small scale: what a task loses when a fine-tuned
 An MHA model is fine-tuned on SST-2 (sentence -> good or bad), converted at each ratio by each arm with groups and
 statistics from training sentences only, recovered on 0, 10,000 and 60,000 training examples, and measured on the
 official development set, 872 sentences, which nothing is chosen on: --choose measures on the last 2,000 training
-examples instead, which are never trained on. SST-2 is read from --data (train.tsv and dev.tsv: the training set;
-test.tsv: the development set) or downloaded. Prints mean accuracy and largest deviation over seeds, and one JSON line.
-An interrupted run goes on where it stopped; processes with other options may share --output.
+examples instead, which are never trained on. SST-2 is read from the folder --data (train.tsv and dev.tsv: the
+training set; test.tsv: the development set) or downloaded. Prints mean accuracy and largest deviation over seeds, and
+one JSON line. An interrupted run goes on where it stopped; processes with other options may share --output.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
-from experiments import ARMS, Cells, arm_config, distilled, train
-from folders import replacing
 from peft import get_peft_model
-from reporting import print_report
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
+from recipes.experiments import ARMS, Cells, arm_config, distilled, train
+from recipes.folders import replacing
+from recipes.reporting import print_report
 
 RECIPES = Path(__file__).resolve().parent
 QUESTION, ANSWERS = " It was", (" bad", " good")
@@ -52,30 +52,47 @@ class Examples:
 
     def shuffled(self, count: int, seed: int) -> Examples:
         """`count` of them in a seeded random order."""
-        chosen = torch.randperm(len(self.prompts), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-        return Examples([self.prompts[i] for i in chosen], [self.labels[i] for i in chosen], self.answers)
+        order = torch.randperm(len(self.prompts), generator=torch.Generator().manual_seed(seed))
+        prompts, labels = [], []
+        for index in order[:count].tolist():
+            prompts.append(self.prompts[index])
+            labels.append(self.labels[index])
+        return Examples(prompts, labels, self.answers)
 
     def rows(self, whole: bool) -> Dataset:
         """Training rows; the loss counts the answer, or the whole sequence."""
-        ids = [[*p, self.answers[label]] for p, label in zip(self.prompts, self.labels, strict=True)]
-        targets = ids if whole else [[-100] * (len(row) - 1) + row[-1:] for row in ids]
+        ids, targets = [], []
+        for prompt, label in zip(self.prompts, self.labels, strict=True):
+            answer = self.answers[label]
+            ids.append([*prompt, answer])
+            if whole:
+                targets.append([*prompt, answer])
+            else:
+                targets.append([-100] * len(prompt) + [answer])
         return Dataset.from_dict({"input_ids": ids, "labels": targets})
 
     def batches(self, size: int, pad: int) -> list[dict[str, torch.Tensor]]:
         """Right-padded prompts: dicts of input_ids and attention_mask, (B, T)."""
-        chunks = [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
-        ids = [pad_sequence([torch.tensor(p) for p in chunk], batch_first=True, padding_value=-1) for chunk in chunks]
-        return [{"input_ids": i.masked_fill(i < 0, pad), "attention_mask": (i >= 0).long()} for i in ids]
+        found = []
+        for start in range(0, len(self.prompts), size):
+            prompts = [torch.tensor(prompt) for prompt in self.prompts[start : start + size]]
+            ids = pad_sequence(prompts, batch_first=True, padding_value=-1)
+            found.append({"input_ids": ids.masked_fill(ids < 0, pad), "attention_mask": (ids >= 0).long()})
+        return found
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Run what is missing and print the table."""
     args = parse_args(arguments)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    training, development = (tokenised(rows, tokenizer) for rows in read_sst2(args.data))
+    training_rows, development_rows = read_sst2(args.data)
+    training, development = tokenised(training_rows, tokenizer), tokenised(development_rows, tokenizer)
     training, set_aside = training[:-SET_ASIDE], training[-SET_ASIDE:]
-    task = Task(training, set_aside if args.choose else development, tokenizer, args)
-    cells = Cells(args.output / ("choices" if args.choose else "runs"))
+    measured, folder = development, "runs"
+    if args.choose:
+        measured, folder = set_aside, "choices"
+    task = Task(training, measured, tokenizer, args)
+    cells = Cells(args.output / folder)
     for seed in args.seeds:
         base = task.fine_tuned(seed)
         key = {"ratio": "1:1", "arm": "MHA", "examples": len(training.prompts), "seed": seed}
@@ -84,17 +101,21 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             key = {"ratio": f"{ratio}:1", "arm": arm, "examples": count, "seed": seed}
             cells.get(key, partial(task.convert, base, arm, ratio, count, seed))
     table = summary(cells.all())
-    print_report(table, args.device, arguments={name: str(value) for name, value in vars(args).items()})
+    print_report(table, args.device, arguments=vars(args))
     return table
 
 
-def read_sst2(folder: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(training, development) sentences with labels, from local files or the Hub."""
-    if folder.is_dir():
-        parts = {name: _read_tsv(folder / f"{name}.tsv") for name in ("train", "dev", "test")}
-        return parts["train"] + parts["dev"], parts["test"]
+def read_sst2(folder: Path | None) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """(training, development) sentences with labels, from local files, or without a folder from the Hub."""
+    if folder is not None:
+        training = _read_tsv(folder / "train.tsv") + _read_tsv(folder / "dev.tsv")
+        return training, _read_tsv(folder / "test.tsv")
     loaded = load_dataset("stanfordnlp/sst2")
-    return tuple([(row["sentence"], row["label"]) for row in loaded[split]] for split in ("train", "validation"))
+    training, development = loaded["train"], loaded["validation"]
+    return (
+        list(zip(training["sentence"], training["label"], strict=True)),
+        list(zip(development["sentence"], development["label"], strict=True)),
+    )
 
 
 def _read_tsv(path: Path) -> list[tuple[str, int]]:
@@ -105,14 +126,18 @@ def _read_tsv(path: Path) -> list[tuple[str, int]]:
 
 def tokenised(rows: list[tuple[str, int]], tokenizer: PreTrainedTokenizerBase) -> Examples:
     """Sentences with the question after them; every example starts with the end-of-text token."""
-    answers = tuple(tokenizer(answer, add_special_tokens=False).input_ids[0] for answer in ANSWERS)
+    bad, good = tokenizer(list(ANSWERS), add_special_tokens=False).input_ids
+    answers = (bad[0], good[0])
     if answers[0] == answers[1]:
         raise ValueError(
             f"the tokenizer begins {ANSWERS[0]!r} and {ANSWERS[1]!r} with the same token: change ANSWERS."
         )
-    texts = [sentence.strip() + QUESTION for sentence, _ in rows]
+    texts, labels = [], []
+    for sentence, label in rows:
+        texts.append(sentence.strip() + QUESTION)
+        labels.append(label)
     ids = tokenizer(texts, add_special_tokens=False).input_ids
-    return Examples([[tokenizer.eos_token_id, *row] for row in ids], [label for _, label in rows], answers)
+    return Examples([[tokenizer.eos_token_id, *row] for row in ids], labels, answers)
 
 
 @dataclass(frozen=True)
@@ -151,15 +176,19 @@ class Task:
         batches = calibration.batches(256, self.tokenizer.pad_token_id)
         initialize_asymgqa_weights(model, batches, progress=False)
         if count:
+            # SFT learns the answers; distillation has something to learn from every token.
+            weight, rate = 0.0, args.sft_rate
+            if distilled(arm):
+                weight, rate = 1.0, args.learning_rate
             train(
                 model,
                 self.tokenizer,
                 self.training.shuffled(count, seed).rows(whole=distilled(arm)),
                 steps=math.ceil(count / args.batch_size),
                 batch_size=args.batch_size,
-                learning_rate=args.learning_rate if distilled(arm) else args.sft_rate,
+                learning_rate=rate,
                 seed=seed,
-                distillation_weight=1.0 if distilled(arm) else 0.0,
+                distillation_weight=weight,
                 group_by_length=True,
             )
         return {"accuracy": accuracy(model, self.measured, self.tokenizer)}
@@ -175,9 +204,9 @@ def accuracy(model: torch.nn.Module, examples: Examples, tokenizer: PreTrainedTo
     device = next(model.parameters()).device
     guesses = []
     for batch in examples.batches(256, tokenizer.pad_token_id):
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        last = batch["attention_mask"].sum(1) - 1
-        logits = model(**batch).logits[torch.arange(len(last), device=device), last]
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        last = mask.sum(1) - 1
+        logits = model(input_ids=ids, attention_mask=mask).logits[torch.arange(len(last), device=device), last]
         guesses.append(logits[:, examples.answers].argmax(1).cpu())
     return 100 * (torch.cat(guesses) == torch.tensor(examples.labels)).double().mean().item()
 
@@ -194,8 +223,10 @@ def summary(cells: list[dict]) -> list[dict]:
         results = groups[ratio, arm]
         if arm == "MHA":  # one number, whatever the conversions recover on
             results = dict.fromkeys(counts, *results.values())
-        by_count = {f"{count:,}": spread(results.get(count)) for count in counts}
-        rows.append({"ratio": ratio, "arm": arm, **by_count, "seeds": max(map(len, results.values()), default=0)})
+        row = {"ratio": ratio, "arm": arm}
+        for count in counts:
+            row[f"{count:,}"] = spread(results.get(count))
+        rows.append(row | {"seeds": max(map(len, results.values()), default=0)})
     return rows
 
 
@@ -211,9 +242,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="folder of an MHA model")
-    parser.add_argument(
-        "--data", type=Path, default=RECIPES.parent.parent / "shared/data/sst2", help="folder of SST-2"
-    )
+    parser.add_argument("--data", type=Path, help="folder of SST-2; default: the data set on the Hub")
     parser.add_argument("--output", type=Path, default=Path("out/task_accuracy"), help="fine-tuned models and results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ratios", type=int, nargs="*", default=[2, 4, 8], help="base KV heads per shared head")
@@ -228,7 +257,10 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the recovery by distillation")
     parser.add_argument("--sft-rate", type=float, default=1e-3, help="of the recovery by SFT")
     parser.add_argument("--calibration-examples", type=int, default=4096)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.data and not (args.data / "train.tsv").is_file():
+        parser.error(f"--data {args.data} holds no train.tsv: name the folder of SST-2, or leave --data out.")
+    return args
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ pass for ones with a GPU. Everything else, sharding and gathering included, is t
 
 import runpy
 import sys
-from pathlib import Path
 
 import torch
 from accelerate.state import DistributedType, PartialState
@@ -14,5 +13,4 @@ from accelerate.state import DistributedType, PartialState
 PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 sys.argv = sys.argv[1:]
-sys.path.insert(0, str(Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")

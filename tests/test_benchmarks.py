@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,14 +17,7 @@ from asymgqa_peft.heads import HeadShape, SharedShape
 from asymgqa_peft.method.costs import group_costs
 from asymgqa_peft.method.statistics import LayerStatistics
 from asymgqa_peft.method.threads import map_in_threads
-
-sys.path.append(str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
-import conversion
-import decode
-import growth
-import overhead
-import quality_per_byte
-import shapes
+from recipes.benchmarks import conversion, decode, growth, overhead, quality_per_byte, shapes
 
 TINY = "--shape tiny --groups 2 --device cpu"
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import recover
 import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
@@ -16,6 +15,8 @@ from accelerate.commands.launch import launch_command_parser
 from peft import AutoPeftModelForCausalLM
 from recovery_runs import ENVIRONMENT, LENGTH, RECIPES, losses, save_base, save_text, small, tokenizer, weights
 from transformers import AutoModelForCausalLM
+
+from recipes import recover
 
 LAUNCH = {path.stem: path for path in sorted((RECIPES / "configs" / "accelerate").rglob("*.yaml"))}
 STEPS = 4

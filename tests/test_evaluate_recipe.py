@@ -13,13 +13,14 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import evaluate as recipe
 import pytest
-import recover
 import torch
 from models import wrap
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, TrlParser
+
+from recipes import evaluate as recipe
+from recipes import recover
 
 RECIPES = Path(recipe.__file__).parent
 TINY, TASKS = RECIPES / "tiny_model", RECIPES / "tasks"
@@ -97,7 +98,7 @@ def test_mmlu_files_give_adapter_and_merged_model_the_same_answers(folders, caps
 
 def test_missing_lm_eval_is_told_before_anything_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(SystemExit, match="asymgqa_peft\\[eval\\]"):
+    with pytest.raises(SystemExit, match="pip install .lm-eval"):
         recipe.main(["no/model", "--tasks", "mmlu"])
 
 

@@ -1,21 +1,17 @@
 """The experiments on many runs: small ones from end to end, cells that survive an interrupt, honest tables."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from recipes import task_accuracy
+from recipes.benchmarks import quality_per_byte, recovery
+from recipes.experiments import ARMS, OURS, Cells, arm_config, distilled
+
 RECIPES = Path(__file__).parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES / "benchmarks"))
-
-import quality_per_byte  # noqa: E402
-import recovery  # noqa: E402
-import task_accuracy  # noqa: E402
-from experiments import ARMS, OURS, Cells, arm_config, distilled  # noqa: E402
-
 NEIGHBOUR = "neighbour mean, SFT"
 
 

@@ -11,15 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoints
 import pytest
-import recover
 import torch
-from checkpoints import checkpoint_bytes, checkpoint_to_resume
 from recovery_runs import ENVIRONMENT, RECIPES, losses, save_base, save_text, small, weights
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, TrlParser
+
+from recipes import checkpoints, recover
+from recipes.checkpoints import checkpoint_bytes, checkpoint_to_resume
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 STEPS = 24

@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import merge_and_push
 import pytest
 import torch
 from conftest import BASES, GROUPS, adapter_config, tiny_llama, wrap
@@ -26,6 +25,7 @@ from asymgqa_peft import hub, initialize_asymgqa_weights
 from asymgqa_peft.card import Conversion, base_licence, model_card
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token
 from asymgqa_peft.hub import push_folder, save_adapter, save_merged
+from recipes import merge_and_push
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "recipes" / "merge_and_push.py"

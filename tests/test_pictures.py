@@ -2,12 +2,11 @@
 
 import json
 
-import pictures
 import pytest
-import stdlib_text
 import torch
 
 from asymgqa_peft.initialize import InitializationReport
+from recipes import pictures, stdlib_text
 
 pytest.importorskip("matplotlib")
 

@@ -4,12 +4,10 @@ import json
 import shlex
 import subprocess
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
-import evaluate
-import merge_and_push
 import pytest
-import recover
 import torch
 import yaml
 from models import LLAMA3_ROPE
@@ -18,6 +16,8 @@ from recovery_runs import LENGTH, RECIPES, TEXT, losses, run, save_base, save_te
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from trl import SFTConfig, TrlParser
+
+from recipes import evaluate, merge_and_push, recover
 
 LAUNCH = RECIPES / "configs" / "accelerate"  # see test_distributed.py
 CONFIGS = sorted(path for path in (RECIPES / "configs").rglob("*.yaml") if LAUNCH not in path.parents)
@@ -30,6 +30,15 @@ FAMILIES = {  # of the models that the configurations name, with their head coun
     "allenai/OLMo-2-1124-7B": ("olmo2", HEADS_32),
     "Qwen/Qwen1.5-7B": ("qwen2", HEADS_32),
 }
+
+
+def test_every_recipe_is_a_module_of_the_package():
+    """Without the script's folder on the path: `python -m recipes.NAME` works too."""
+    names = [f"recipes.{path.stem}" for path in RECIPES.glob("*.py")]
+    names += [f"recipes.benchmarks.{path.stem}" for path in (RECIPES / "benchmarks").glob("*.py")]
+    assert {"recipes.recover", "recipes.benchmarks.decode"} <= set(names)
+    for name in names:
+        assert import_module(name).__doc__, name
 
 
 def test_quickstart_prints_three_measured_rows_twice_in_a_row(tmp_path):
@@ -196,16 +205,30 @@ def test_a_missing_folder_is_told_in_one_line(tmp_path):
 
 
 def test_what_was_trained_is_published_as_asked(tmp_path, monkeypatch):
-    """The commands that merge_and_push.py gets; what it makes of them is tested in test_hub.py."""
+    """What merge_and_push.py is asked for; what it makes of that is tested in test_hub.py."""
     calls = []
-    monkeypatch.setattr(merge_and_push, "main", lambda options: calls.append(merge_and_push.parse_args(options)))
+    monkeypatch.setattr(merge_and_push, "publish", calls.append)
     fields = {"model_name_or_path": "me/base", "dataset": "me/text", "num_key_value_heads": 4}
-    for hub, save_plain in (({}, False), ({"hub_adapter_id": "me/adapter"}, False), ({"hub_merged_id": "me/m"}, True)):
-        recover.publish(recover.ConversionArguments(**fields, **hub, save_plain=save_plain), tmp_path)
-    adapter, merged = calls
+    for hub in (
+        {"save_plain": False},
+        {"save_plain": False, "hub_adapter_id": "me/adapter"},
+        {"hub_merged_id": "me/m"},
+        {"load_in_4bit": True},
+    ):
+        recover.publish(recover.ConversionArguments(**fields, **hub), tmp_path)
+    adapter, merged, four_bits = calls
     assert (adapter.adapter_only, adapter.push, adapter.output) == (True, "me/adapter", tmp_path / "pushed_adapter")
     assert (merged.adapter_only, merged.push, merged.output) == (False, "me/m", tmp_path / "plain")
+    assert (four_bits.push, four_bits.dtype, merged.dtype) == (None, "bfloat16", "auto")
     assert {call.adapter for call in calls} == {str(tmp_path / "adapter")} and not any(call.public for call in calls)
+
+
+def test_options_that_are_not_given_keep_their_defaults(tmp_path):
+    found = merge_and_push.parse_args(["me/adapter", "--output", str(tmp_path), "--overwrite"])
+    assert found == merge_and_push.Options("me/adapter", tmp_path, overwrite=True)
+    assert (
+        merge_and_push.parse_args(["me/adapter", "--output", "out", "--max-shard-size", "1GB"]).max_shard_size == "1GB"
+    )
 
 
 def test_the_whole_path_for_llama2_uses_options_that_exist():

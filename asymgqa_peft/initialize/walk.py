@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -101,7 +100,7 @@ class Walk:
             tokens=self.tokens,
             seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             search_seconds=round(self.search_seconds, 3),
-            peak_memory=_peak_memory(),
+            peak_memory=peak_memory(),
             notes=[f"layers {_ranges(layers)}: {note}" for note, layers in self.notes.items()],
         )
 
@@ -311,10 +310,18 @@ def _stopping_at_last(sources: dict[str, nn.Module], record: dict[str, Tensor]) 
             handle.remove()
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
+    """Bytes, the highest of a CUDA device, or of the process where none is used."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux kibibytes.
     return peak if sys.platform == "darwin" else peak * 1024
 
 

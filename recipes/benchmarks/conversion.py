@@ -15,12 +15,10 @@ from __future__ import annotations
 import argparse
 import cProfile
 import pstats
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from peft import get_peft_model
@@ -30,19 +28,20 @@ from transformers import LlamaConfig
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kl_to_reference
 from asymgqa_peft.method.threads import map_in_threads
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from reporting import print_report
-from shapes import (
+from recipes.benchmarks.shapes import (
     SHAPES,
     ceilings,
+    default_device,
     median_seconds,
-    peak_bytes,
+    peak_beyond,
     plant_similar_heads,
+    print_checks,
     random_llama,
     reset_peak,
     shape_config,
+    working_dtype,
 )
+from recipes.reporting import print_report
 
 SECONDS, SEARCH_SHARE, MEMORY = 75.0, 0.25, 8e9
 """Targets: seconds in all, the search's share of them, bytes beyond what is allocated before."""
@@ -52,14 +51,14 @@ def main(arguments: list[str] | None = None) -> dict:
     """Convert, and print the table and the JSON line."""
     args = parse_args(arguments)
     config = shape_config(args.shape, args.layers)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     limits = ceilings(args.device)
-    print("measured ceilings: " + ", ".join(f"{name} {value:,.1f}" for name, value in limits.items()), flush=True)
-    model, seconds = build(config, args, dtype)
+    model, seconds = build(config, args)
     print(f"a model of {config.num_hidden_layers} layers was made in {seconds:.1f} s", flush=True)
     unseen = torch.randint(config.vocab_size, (1, args.length), generator=torch.Generator().manual_seed(9))
     before = kl_to_reference(model, model, [unseen])
-    pieces = print_pieces(config, args) if args.pieces else []
+    pieces = []
+    if args.pieces:
+        pieces = print_pieces(config, args)
     report, seconds, memory = convert(model, config, args)
     after = kl_to_reference(model, model, [unseen])
     scale = SHAPES[args.shape]["num_hidden_layers"] / config.num_hidden_layers
@@ -75,8 +74,7 @@ def main(arguments: list[str] | None = None) -> dict:
         f"search at most {SEARCH_SHARE:.0%}": search <= SEARCH_SHARE,
         "at most 8 GB beyond the weights": memory is None or memory <= MEMORY,
     }
-    for name, met in checks.items():
-        print(f"{'met' if met else 'NOT MET'}: {name}")
+    print_checks(checks)
     result = {
         "ceilings": limits,
         "kl_classic": before,
@@ -96,10 +94,10 @@ def main(arguments: list[str] | None = None) -> dict:
     return result
 
 
-def build(config: LlamaConfig, args: argparse.Namespace, dtype: torch.dtype):
+def build(config: LlamaConfig, args: argparse.Namespace):
     """The wrapped model, classic GQA until it is initialised, and the seconds it took."""
     start = time.perf_counter()
-    base = random_llama(config, args.device, dtype)
+    base = random_llama(config, args.device, working_dtype(args.device))
     plant_similar_heads(base, sources=2 * args.groups)
     adapter = AsymGQAConfig(num_key_value_heads=args.groups, r=args.rank, lora_alpha=args.rank, task_type="CAUSAL_LM")
     return get_peft_model(base, adapter), time.perf_counter() - start
@@ -112,10 +110,10 @@ def convert(model, config: LlamaConfig, args: argparse.Namespace):
     before = reset_peak(args.device)
     start = time.perf_counter()
     report = initialize_asymgqa_weights(model, tokens.split(args.batch_size), progress=False)
-    seconds, peak = time.perf_counter() - start, peak_bytes(args.device)
+    seconds, peak = time.perf_counter() - start, peak_beyond(before, args.device)
     if args.profile:
         print_profile(partial(initialize_asymgqa_weights, model, tokens.split(args.batch_size), progress=False), args)
-    return report, seconds, None if peak is None else peak - before
+    return report, seconds, peak
 
 
 def print_profile(call: Callable[[], object], args: argparse.Namespace) -> None:
@@ -195,19 +193,23 @@ def floor_seconds(config: LlamaConfig, args: argparse.Namespace, limits: dict[st
 def table(stages: dict[str, float], seconds: float, floors: dict[str, tuple], layers: int, scale: float) -> list[dict]:
     """A row per stage, what no stage covers, and the sum; `scale` extrapolates them to all layers of the shape."""
     stages = stages | {"between stages": seconds - sum(stages.values())}
-    rows = [
-        {
+    rows, floor = [], 0.0
+    for stage, value in stages.items():
+        row = {
             "stage": stage,
             "measured, s": value,
             "all layers, s": value * scale,
             "share": f"{value / seconds:.1%}",
-            "floor, all layers, s": floors[stage][0] * layers * scale if stage in floors else None,
-            "the floor counts": floors[stage][1] if stage in floors else None,
+            "floor, all layers, s": None,
+            "the floor counts": None,
         }
-        for stage, value in stages.items()
-    ]
+        if stage in floors:
+            per_layer, row["the floor counts"] = floors[stage]
+            row["floor, all layers, s"] = per_layer * layers * scale
+            floor += row["floor, all layers, s"]
+        rows.append(row)
     total = {"stage": "total", "measured, s": seconds, "all layers, s": seconds * scale, "share": "100.0%"}
-    total["floor, all layers, s"] = sum(row["floor, all layers, s"] or 0.0 for row in rows)
+    total["floor, all layers, s"] = floor
     return [*rows, total]
 
 
@@ -223,7 +225,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank, which bounds the refit")
     parser.add_argument("--profile", action="store_true", help="convert again and print what took longest")
     parser.add_argument("--pieces", action="store_true", help="time the linear algebra of a layer on its own")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     return parser.parse_args(arguments)
 
 

@@ -20,19 +20,20 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.integrations import flex_attention
@@ -42,10 +43,17 @@ from asymgqa_peft.adapter.layer import Slots
 from asymgqa_peft.attention import fold, register_grouped_sdpa
 from asymgqa_peft.groups import slot_layout
 from asymgqa_peft.tables import markdown_table
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from reporting import print_report
-from shapes import SHAPES, ceilings, graph_seconds, random_llama, shape_config, unequal_groups
+from recipes.benchmarks.shapes import (
+    SHAPES,
+    ceilings,
+    default_device,
+    graph_seconds,
+    random_llama,
+    shape_config,
+    unequal_groups,
+    working_dtype,
+)
+from recipes.reporting import print_report
 
 PARTS = ("expansion", "attention", "model", "batch")
 KERNELS = {
@@ -70,23 +78,21 @@ def main(arguments: list[str] | None = None) -> dict:
     """Run the parts asked for and print their tables and the JSON line."""
     args = parse_args(arguments)
     register_grouped_sdpa()
-    args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    args.dtype = working_dtype(args.device)
     config = shape_config(args.shape, args.layers)
     limits = ceilings(args.device)
-    print("measured ceilings: " + ", ".join(f"{name} {value:,.1f}" for name, value in limits.items()), flush=True)
     results = {part: PART[part](config, args, limits) for part in args.only}
-    tables = {part: rows for part, rows in results.items() if rows}
-    for part, rows in tables.items():
-        print(f"\n{part}\n{markdown_table(rows, aligned=True)}", flush=True)
+    for part, rows in results.items():
+        if rows:
+            print(f"\n{part}\n{markdown_table(rows, aligned=True)}", flush=True)
     print("\ntargets")
-    checks = targets(results)
-    options = {name: str(value) for name, value in vars(args).items()}
-    print_report(
-        checks or [{"target": "none measured"}], args.device, ceilings=limits, parts=results, arguments=options
-    )
-    wrong = [row for rows in results.values() for row in rows if str(row.get("failed")).startswith("WRONG")]
+    checks = targets(results) or [{"target": "none measured"}]
+    print_report(checks, args.device, ceilings=limits, parts=results, arguments=vars(args))
+    wrong = 0
+    for rows in results.values():
+        wrong += sum(str(row.get("failed")).startswith("WRONG") for row in rows)
     if wrong:
-        raise SystemExit(f"{len(wrong)} cells computed something wrong, see the column 'failed'.")
+        raise SystemExit(f"{wrong} cells computed something wrong, see the column 'failed'.")
     return results
 
 
@@ -108,27 +114,37 @@ def attention_part(config: LlamaConfig, args: argparse.Namespace, limits: dict[s
 
 def paths(device: str) -> list[str]:
     """Kernel and form of the queries."""
-    kernels = KERNELS if device == "cuda" else ["default"]
-    return [f"{kernel}, {form}" for kernel in kernels for form in ("enable_gqa", "folded")]
+    kernels = ["default"]
+    if device == "cuda":
+        kernels = list(KERNELS)
+    return [f"{kernel}, {form}" for kernel, form in itertools.product(kernels, ("enable_gqa", "folded"))]
 
 
 def attention_cell(config, args, limits, batch: int, context: int, arm: str, path: str) -> dict:
     """Seconds of one call on a cold cache, its floor, and its error against float64."""
     kernel, form = path.split(", ")
     heads, dim = config.num_attention_heads, config.head_dim
-    kv_heads = heads if arm == MHA else args.groups
-    partition = (
-        unequal_groups(heads, args.groups) if arm in (ADAPTER, MERGED, EXPANDED) else contiguous(heads, kv_heads)
-    )
+    kv_heads = kv_heads_of(arm, config, args)
+    partition = contiguous(heads, kv_heads)
+    if arm in (ADAPTER, MERGED, EXPANDED):
+        partition = unequal_groups(heads, args.groups)
     layout = slot_layout(partition, 1)
     slots = Slots(layout, args.device)
     bytes_read = 2 * batch * kv_heads * context * dim * args.dtype.itemsize
-    copies = max(1, -(-COLD_BYTES // bytes_read)) if args.device == "cuda" else 1
-    generator = torch.Generator(args.device).manual_seed(0)
-    query, *caches = (
-        torch.randn(size, generator=generator, device=args.device, dtype=args.dtype)
-        for size in ((batch, 1, heads, dim), *[(batch, kv_heads, context, dim)] * (2 * copies))
+    copies = 1
+    if args.device == "cuda":  # together larger than the L2
+        copies = max(1, math.ceil(COLD_BYTES / bytes_read))
+    draw = partial(
+        torch.randn,
+        generator=torch.Generator(args.device).manual_seed(0),
+        device=args.device,
+        dtype=args.dtype,
     )
+    query = draw(batch, 1, heads, dim)
+    caches = []
+    for _ in range(copies):
+        key, value = draw(batch, kv_heads, context, dim), draw(batch, kv_heads, context, dim)
+        caches.append((key, value))
     expanding = torch.tensor([slot // layout.slots_per_kv for slot in layout.slot_of_head], device=args.device)
     padded = slots.scatter(query).transpose(1, 2).contiguous()
 
@@ -140,14 +156,24 @@ def attention_cell(config, args, limits, batch: int, context: int, arm: str, pat
             return slots.gather(attention(slots.scatter(query).transpose(1, 2), key, value, form).transpose(1, 2))
         return attention(padded, key, value, form).transpose(1, 2)
 
-    calls = [partial(attend, *caches[2 * index : 2 * index + 2]) for index in range(copies)]
-    with sdpa_kernel(KERNELS[kernel]) if kernel in KERNELS else nullcontext():
-        error = relative_error(calls[0](), query, caches[0], caches[1], slots, expanding, gathered=arm != MERGED)
+    calls = [partial(attend, *cache) for cache in caches]
+    chosen = nullcontext()
+    if kernel in KERNELS:
+        chosen = sdpa_kernel(KERNELS[kernel])
+    with chosen:
+        error = relative_error(calls[0](), query, *caches[0], slots, expanding, gathered=arm != MERGED)
         if error > TOLERANCE[args.dtype]:
             raise WrongResult(f"relative error {error:.2g} against float64")
         seconds = graph_seconds(calls, args.device)
     floor = bytes_read / limits["copy GB/s"] / 1e9
     return {"us": seconds * 1e6, "floor, us": floor * 1e6, "error": error}
+
+
+def kv_heads_of(arm: str, config: LlamaConfig, args: argparse.Namespace) -> int:
+    """KV heads in the cache of an arm."""
+    if arm == MHA:
+        return config.num_key_value_heads
+    return args.groups
 
 
 def contiguous(heads: int, kv_heads: int) -> list[list[int]]:
@@ -165,26 +191,37 @@ def attention(query: Tensor, key: Tensor, value: Tensor, form: str) -> Tensor:
 
 def relative_error(out: Tensor, query, key, value, slots: Slots, source: Tensor, gathered: bool) -> float:
     """Largest error of the first sequence's heads against a float64 softmax, relative to their largest entry."""
-    heads = out if gathered else slots.gather(out)
-    query, key, value = (tensor[0].double() for tensor in (query, key, value))
-    key, value = key[source], value[source]  # (H, S, D)
-    scores = torch.einsum("hd,hsd->hs", query[0], key) / query.shape[-1] ** 0.5
+    if not gathered:
+        out = slots.gather(out)
+    heads, query = out[0, 0].double(), query[0, 0].double()  # (H, D)
+    key, value = key[0].double()[source], value[0].double()[source]  # (H, S, D)
+    scores = torch.einsum("hd,hsd->hs", query, key) / query.shape[-1] ** 0.5
     exact = torch.einsum("hs,hsd->hd", scores.softmax(-1), value)
-    return ((heads[0, 0].double() - exact).abs().max() / exact.abs().max()).item()
+    return ((heads - exact).abs().max() / exact.abs().max()).item()
 
 
 def best_paths(rows: list[dict]) -> list[dict]:
     """Add to the fastest path of each arm and cell its ratio to the fastest of MHA and of equal groups."""
     fastest: dict[tuple, dict] = {}
-    for row in (row for row in rows if "us" in row):
+    for row in rows:
+        if "us" not in row:
+            continue
         cell = (row["batch"], row["context"], row["arm"])
-        fastest[cell] = min(fastest.get(cell, row), row, key=lambda r: r["us"])
+        if cell not in fastest or row["us"] < fastest[cell]["us"]:
+            fastest[cell] = row
     for (batch, context, _), row in fastest.items():
-        for name, arm in (("MHA / it", MHA), ("it / equal", EQUAL)):
-            if other := fastest.get((batch, context, arm)):
-                row[name] = other["us"] / row["us"] if arm == MHA else row["us"] / other["us"]
+        mha, equal = fastest.get((batch, context, MHA)), fastest.get((batch, context, EQUAL))
+        if mha:
+            row["MHA / it"] = mha["us"] / row["us"]
+        if equal:
+            row["it / equal"] = row["us"] / equal["us"]
     columns = ("batch", "context", "arm", "path", "us", "floor, us", "error", "MHA / it", "it / equal", "failed")
-    return [{column: row.get(column) for column in columns} for row in rows]
+    return with_columns(rows, columns)
+
+
+def with_columns(rows: list[dict], columns: Sequence[str]) -> list[dict]:
+    """The rows with these columns, in this order; None where a row has no value."""
+    return [dict(zip(columns, map(row.get, columns), strict=True)) for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------- whole models
@@ -236,14 +273,10 @@ def model_part(config: LlamaConfig, args: argparse.Namespace, limits: dict[str, 
     for arm, build in builders(config, args):
         model = build().eval()
         weights = sum(p.numel() * p.itemsize for p in model.parameters())
-        for batch in args.batches:
-            for context in args.contexts:
-                for path in MODEL_PATHS:
-                    row = {"batch": batch, "context": context, "arm": arm, "path": path}
-                    cell = guarded(
-                        model_cell, model, config, args, limits, batch, context, arm, path, weights, outputs
-                    )
-                    rows.append(row | cell)
+        for batch, context, path in itertools.product(args.batches, args.contexts, MODEL_PATHS):
+            row = {"batch": batch, "context": context, "arm": arm, "path": path}
+            cell = guarded(model_cell, model, config, args, limits, batch, context, arm, path, weights, outputs)
+            rows.append(row | cell)
         print(f"model: {arm} done", flush=True)
         del model
         release(args.device)
@@ -272,9 +305,11 @@ def builders(config: LlamaConfig, args: argparse.Namespace) -> Iterator[tuple[st
 def model_cell(model, config, args, limits, batch: int, context: int, arm: str, path: str, weights, outputs) -> dict:
     """Seconds of one decoding step, its floor, and whether adapter and merged model say the same."""
     implementation, kind = MODEL_PATHS[path]
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model
+    if isinstance(model, PeftModel):
+        inner = model.get_base_model()
     inner.set_attn_implementation(implementation)
-    kv_heads = config.num_key_value_heads if arm == MHA else args.groups
+    kv_heads = kv_heads_of(arm, config, args)
     cache = filled_cache(inner.config, kind, batch, kv_heads, context, args)
     token = torch.zeros(batch, 1, dtype=torch.long, device=args.device)
 
@@ -301,13 +336,16 @@ def model_cell(model, config, args, limits, batch: int, context: int, arm: str, 
 
 def with_model_ratios(rows: list[dict]) -> list[dict]:
     """Ratios of every arm to MHA, to equal groups, and to equal groups with LoRA, on the same path."""
-    cells = {(r["batch"], r["context"], r["path"], r["arm"]): r["us"] for r in rows if "us" in r}
+    cells = {}
+    for row in rows:
+        cells[row["batch"], row["context"], row["path"], row["arm"]] = row.get("us")
     for row in rows:
         for name, arm in (("it / MHA", MHA), ("it / equal", EQUAL), ("it / equal + LoRA", EQUAL_LORA)):
             other = cells.get((row["batch"], row["context"], row["path"], arm))
-            row[name] = row["us"] / other if other and "us" in row else None
+            if other and "us" in row:
+                row[name] = row["us"] / other
     columns = ("batch", "context", "path", "arm", "us", "floor, us", "it / MHA", "it / equal", "it / equal + LoRA")
-    return [{column: row.get(column) for column in (*columns, "error to adapter", "failed")} for row in rows]
+    return with_columns(rows, (*columns, "error to adapter", "failed"))
 
 
 # ------------------------------------------------------------------------------------------------- expansion
@@ -324,7 +362,7 @@ class LargestWrite(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
         out = function(*arguments, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
+        for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.numel() == tensor.untyped_storage().nbytes() // tensor.itemsize:
                 self.elements = max(self.elements, tensor.numel())
         return out
@@ -338,24 +376,26 @@ def expansion_part(_config: LlamaConfig, args: argparse.Namespace, _limits: dict
         sizes = {"hidden_size": 8 * slots, "num_attention_heads": slots, "num_key_value_heads": 2, "head_dim": 64}
         config = shape_config("tiny", 1, **sizes)
         model = random_llama(config, args.device, args.dtype)
-        for implementation in ("eager", "sdpa", "flex_attention", "grouped_sdpa"):
-            for cache in ("dynamic", "static"):
-                for padded in (False, True):
-                    row = {
-                        "slots": slots,
-                        "implementation": implementation,
-                        "cache": cache,
-                        "left padding": padded,
-                    }
-                    watch = partial(expands, model, config, implementation, cache, padded)
-                    found = guarded(lambda watch=watch: {"expands": watch()})
-                    compiled = {"expands, compiled": None}
-                    if cache == "static" and implementation != "flex_attention":
-                        watch = partial(expands_compiled, model, config, implementation, padded)
-                        compiled = guarded(lambda watch=watch: {"expands, compiled": watch()})
-                    rows.append({"expands": None} | row | compiled | found)
+        implementations = ("eager", "sdpa", "flex_attention", "grouped_sdpa")
+        for implementation, cache, padded in itertools.product(implementations, ("dynamic", "static"), (False, True)):
+            row = {"slots": slots, "implementation": implementation, "cache": cache, "left padding": padded}
+            found = guarded(column_expands, model, config, implementation, cache, padded)
+            compiled = {}
+            if cache == "static" and implementation != "flex_attention":
+                compiled = guarded(column_expands_compiled, model, config, implementation, padded)
+            rows.append(row | compiled | found)
     columns = ("slots", "implementation", "cache", "left padding", "expands", "expands, compiled", "failed")
-    return [{column: row.get(column) for column in columns} for row in rows]
+    return with_columns(rows, columns)
+
+
+def column_expands(*arguments) -> dict[str, bool]:
+    """The cell of `expands`."""
+    return {"expands": expands(*arguments)}
+
+
+def column_expands_compiled(*arguments) -> dict[str, bool]:
+    """The cell of `expands_compiled`."""
+    return {"expands, compiled": expands_compiled(*arguments)}
 
 
 LENGTH, BATCH = 512, 2
@@ -368,12 +408,15 @@ def decoding_inputs(model, config: LlamaConfig, implementation: str, cache: str,
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device=model.device)
     mask = torch.ones(BATCH, LENGTH + 1, dtype=torch.long, device=model.device)
     mask[0, : LENGTH // 4] = 0
-    held = StaticCache(config=config, max_cache_len=LENGTH + 8) if cache == "static" else DynamicCache(config=config)
-    masks = {"attention_mask": mask[:, :-1]} if padded else {}
-    model(input_ids=ids, past_key_values=held, use_cache=True, **masks)
+    held = DynamicCache(config=config)
+    if cache == "static":
+        held = StaticCache(config=config, max_cache_len=LENGTH + 8)
+    prefill_mask = step_mask = None
+    if padded:
+        prefill_mask, step_mask = mask[:, :-1], mask
+    model(input_ids=ids, attention_mask=prefill_mask, past_key_values=held, use_cache=True)
     model.set_attn_implementation(implementation)
-    masks = {"attention_mask": mask} if padded else {}
-    return {"input_ids": ids[:, :1], "past_key_values": held, "use_cache": True, **masks}
+    return {"input_ids": ids[:, :1], "attention_mask": step_mask, "past_key_values": held, "use_cache": True}
 
 
 @torch.no_grad()
@@ -407,11 +450,12 @@ def expands_compiled(model, config: LlamaConfig, implementation: str, padded: bo
     torch._dynamo.reset()
     torch.compile(model, backend=record, fullgraph=True)(**inputs)
     torch._dynamo.reset()
-    return any(
-        shape[1:2] + shape[3:] == (config.num_attention_heads, config.head_dim) and shape[2] >= LENGTH
-        for shape in shapes
-        if len(shape) == 4
-    )
+    for shape in shapes:
+        if len(shape) == 4:
+            _, heads, positions, dim = shape
+            if (heads, dim) == (config.num_attention_heads, config.head_dim) and positions >= LENGTH:
+                return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ largest batch
@@ -421,16 +465,19 @@ def batch_part(config: LlamaConfig, args: argparse.Namespace, _limits: dict[str,
     """Sequences of the longest context that fit beside the weights of all layers."""
     full = shape_config(args.shape)
     context, rows = max(args.contexts), []
-    slots = args.groups * max(map(len, unequal_groups(full.num_key_value_heads, args.groups)))
-    arms = {MHA: (full.num_attention_heads, full.num_key_value_heads), EQUAL: (full.num_attention_heads, args.groups)}
-    for arm, (queries, kv_heads) in (arms | {MERGED: (slots, args.groups)}).items():
+    heads, largest_group = full.num_attention_heads, 0
+    for group in unequal_groups(full.num_key_value_heads, args.groups):
+        largest_group = max(largest_group, len(group))
+    query_slots = {MHA: heads, EQUAL: heads, MERGED: args.groups * largest_group}
+    for arm, queries in query_slots.items():
+        kv_heads = kv_heads_of(arm, full, args)
         weights = parameters(full, queries, kv_heads) * args.dtype.itemsize
         sequence = 2 * full.num_hidden_layers * kv_heads * context * full.head_dim * args.dtype.itemsize
         fitting = largest_batch(full, kv_heads, context, weights, args)
         row = {"context": context, "arm": arm, "weights, GB": weights / 1e9, "cache per sequence, GB": sequence / 1e9}
-        rows.append(
-            row | {"largest batch": fitting, "x MHA": fitting / max(1, rows[0]["largest batch"]) if rows else 1.0}
-        )
+        rows.append(row | {"largest batch": fitting})
+        # The first row is MHA's.
+        rows[-1]["x MHA"] = fitting / max(1, rows[0]["largest batch"])
         print(f"batch: {arm} done", flush=True)
     return rows
 
@@ -497,7 +544,7 @@ def guarded(cell: Callable[..., dict], *args) -> dict:
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60]}"}
     finally:
-        release("cuda" if torch.cuda.is_available() else "cpu")
+        release(default_device())
 
 
 def release(device: str) -> None:
@@ -508,29 +555,39 @@ def release(device: str) -> None:
 
 
 def targets(results: dict[str, list[dict]]) -> list[dict]:
-    """The issue's targets beside what was measured, from the worst cell."""
+    """The targets beside what was measured, from the worst cell."""
     found = []
 
-    def add(target: str, values: list[float], limit: float, at_most: bool) -> None:
-        if values:
-            worst = max(values) if at_most else min(values)
-            met = worst <= limit if at_most else worst >= limit
-            found.append({"target": target, "limit": limit, "worst cell": worst, "met": "yes" if met else "NO"})
+    def add(target: str, values: list[float | None], limit: float, at_most: bool) -> None:
+        values = [value for value in values if value]
+        if not values:
+            return
+        if at_most:
+            worst = max(values)
+            met = worst <= limit
+        else:
+            worst = min(values)
+            met = worst >= limit
+        found.append({"target": target, "limit": limit, "worst cell": worst, "met": "yes" if met else "NO"})
 
-    attention, model, batch = (results.get(part, []) for part in ("attention", "model", "batch"))
+    def of(part: str, arm: str, column: str, **cell: object) -> list[float | None]:
+        """A column of one arm's rows, of those that agree with `cell`."""
+        values = []
+        for row in results.get(part, []):
+            if row["arm"] == arm and cell.items() <= row.items():
+                values.append(row[column])
+        return values
+
     for arm in (ADAPTER, MERGED):
-        ratios = [row["it / equal"] for row in attention if row["arm"] == arm and row["it / equal"]]
-        add(f"attention, {arm} / equal groups", ratios, 1.03, True)
-    longest = max((row["context"] for row in attention), default=0)
-    gains = [row["MHA / it"] for row in attention if row["arm"] == MERGED and row["MHA / it"]]
-    long = [r["MHA / it"] for r in attention if r["arm"] == MERGED and r["MHA / it"] and r["context"] == longest]
+        add(f"attention, {arm} / equal groups", of("attention", arm, "it / equal"), 1.03, True)
+    longest = max((row["context"] for row in results.get("attention", [])), default=0)
+    long = of("attention", MERGED, "MHA / it", context=longest)
     add(f"attention, MHA / ours at context {longest}", long, 3.0, False)
-    add("attention, MHA / ours at every context", gains, 3.0, False)
+    add("attention, MHA / ours at every context", of("attention", MERGED, "MHA / it"), 3.0, False)
     for arm, column in ((MERGED, "it / equal"), (ADAPTER, "it / equal + LoRA")):
         for path in MODEL_PATHS:
-            ratios = [r[column] for r in model if r["arm"] == arm and r[column] and r["path"] == path]
-            add(f"model, {arm}, {column}, {path}", ratios, 1.05, True)
-    add("largest batch, ours / MHA", [row["x MHA"] for row in batch if row["arm"] == MERGED], 3.5, False)
+            add(f"model, {arm}, {column}, {path}", of("model", arm, column, path=path), 1.05, True)
+    add("largest batch, ours / MHA", of("batch", MERGED, "x MHA"), 3.5, False)
     return found
 
 
@@ -544,7 +601,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="B")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 32768], help="S")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     return parser.parse_args(arguments)
 
 

@@ -21,16 +21,24 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import linear_regression
 
 import torch
 from peft import PeftModel, get_peft_model
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.tables import markdown_table
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from reporting import print_report
-from shapes import median_seconds, peak_bytes, plant_similar_heads, random_llama, reset_peak, shape_config
+from recipes.benchmarks.shapes import (
+    default_device,
+    median_seconds,
+    peak_beyond,
+    plant_similar_heads,
+    random_llama,
+    reset_peak,
+    shape_config,
+    working_dtype,
+)
+from recipes.reporting import print_report
 
 STAGES = ("statistics", "targets", "search", "merge", "refit", "converted stream")
 LARGEST_TERM = {  # axis -> exponent of the whole: of its dearest stage
@@ -67,25 +75,28 @@ def main(arguments: list[str] | None = None) -> dict:
     sizes = SIZES[args.device]
     convert(sizes, dict(sizes["at"]), args)  # the first conversion of a process also loads libraries
     runs, exponents, extra = {}, [], {}
-    for axis in (axis for axis in LARGEST_TERM if axis in args.only):
-        runs[axis] = [convert(sizes, sizes["at"] | {axis: size}, args) for size in sizes[axis]]
+    for axis in LARGEST_TERM:
+        if axis not in args.only:
+            continue
+        runs[axis] = []
+        for size in sizes[axis]:
+            runs[axis].append(convert(sizes, sizes["at"] | {axis: size}, args))
         print(f"\n{axis}\n{markdown_table(runs[axis], aligned=True)}", flush=True)
         exponents.append(exponents_of(axis, sizes[axis], runs[axis]))
     if "files" in args.only:
         extra["files"] = [files(sizes, layers, args) for layers in sizes["layers"]]
         print(f"\nfiles\n{markdown_table(extra['files'], aligned=True)}", flush=True)
-        columns = {name: [row[name] for row in extra["files"]] for name in FILE_COLUMNS}
-        slopes = {f"{name} exponent": slope(sizes["layers"], values) for name, values in columns.items()}
-        print(", ".join(f"{name} {value:.2f}" for name, value in slopes.items()), flush=True)
-        extra |= slopes
+        for name in FILE_COLUMNS:
+            exponent = slope(sizes["layers"], [row[name] for row in extra["files"]])
+            extra[f"{name} exponent"] = exponent
+            print(f"{name} exponent {exponent:.2f}", flush=True)
     if "import" in args.only:
         extra["import"] = import_seconds()
         print(f"\nimport, s: {extra['import']}", flush=True)
     surprises = [row["axis"] for row in exponents if row["total"] > row["largest term"] + SLACK]
     print(f"exponents of seconds; above their largest term: {', '.join(surprises) or 'none'}")
-    options = {name: str(value) for name, value in vars(args).items()}
     rows = exponents or [{"axis": "none measured"}]
-    print_report(rows, args.device, runs=runs, surprises=surprises, arguments=options, sizes=sizes, **extra)
+    print_report(rows, args.device, runs=runs, surprises=surprises, arguments=vars(args), sizes=sizes, **extra)
     return {"exponents": exponents, "runs": runs, **extra}
 
 
@@ -100,7 +111,7 @@ def wrapped(sizes: dict, point: dict, args: argparse.Namespace) -> PeftModel:
         num_key_value_heads=point["heads"],
         head_dim=point["head_dim"],
     )
-    base = random_llama(config, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    base = random_llama(config, args.device, working_dtype(args.device))
     plant_similar_heads(base, sources=point["heads"] // 2)
     groups = point["heads"] // 4
     return get_peft_model(base, AsymGQAConfig(num_key_value_heads=groups, r=args.rank, task_type="CAUSAL_LM"))
@@ -116,27 +127,35 @@ def convert(sizes: dict, point: dict, args: argparse.Namespace) -> dict:
     except torch.OutOfMemoryError:
         print(f"{point}: out of memory", flush=True)
         return point | {"total": math.nan}
-    seconds, peak = time.perf_counter() - start, peak_bytes(args.device)
+    seconds, peak = time.perf_counter() - start, peak_beyond(before, args.device)
     if sum(report.costs) > sum(report.neighbour_costs):
         raise SystemExit(f"{point}: the groups found cost more than neighbours.")
-    stages = {stage: report.seconds.get(stage, 0.0) for stage in STAGES} | {"search": report.search_seconds}
-    return point | stages | {"total": seconds, "MB": None if peak is None else (peak - before) / 1e6}
+    row = dict(point)
+    for stage in STAGES:
+        row[stage] = report.seconds.get(stage, 0.0)
+    # All of the search, not only what the walk waits for.
+    row["search"] = report.search_seconds
+    return row | {"total": seconds, "MB": peak and peak / 1e6}
 
 
 def exponents_of(axis: str, sizes: Sequence[int], runs: list[dict]) -> dict:
     """Exponents of every stage, of the sum and of the memory along one axis."""
-    columns = (*STAGES, "total", "MB")
-    found = {column: slope(sizes, [run.get(column) for run in runs]) for column in columns}
-    return {"axis": axis, "sizes": f"{sizes[0]}..{sizes[-1]}", "largest term": LARGEST_TERM[axis], **found}
+    row = {"axis": axis, "sizes": f"{sizes[0]}..{sizes[-1]}", "largest term": LARGEST_TERM[axis]}
+    for column in (*STAGES, "total", "MB"):
+        row[column] = slope(sizes, [run.get(column) for run in runs])
+    return row
 
 
 def slope(sizes: Sequence[float], values: Sequence[float | None]) -> float | None:
     """Least-squares slope of log values over log sizes; None with fewer than two values."""
-    points = [(math.log(x), math.log(y)) for x, y in zip(sizes, values, strict=True) if y and math.isfinite(y)]
-    if len(points) < 2:
+    x, y = [], []
+    for size, value in zip(sizes, values, strict=True):
+        if value and math.isfinite(value):
+            x.append(math.log(size))
+            y.append(math.log(value))
+    if len(x) < 2:
         return None
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    return linear_regression(x, y).slope
 
 
 FILE_COLUMNS = ("adapter, bytes", "wrapping, s", "loading, s")
@@ -167,12 +186,14 @@ def files(sizes: dict, layers: int, args: argparse.Namespace) -> dict:
 
 def import_seconds() -> dict[str, float]:
     """Median wall time of a fresh Python that imports what the package needs, and that imports the package."""
-    commands = {"peft and transformers": "import peft, transformers, torch", "asymgqa_peft": "import asymgqa_peft"}
-    call = partial(subprocess.run, check=True, capture_output=True)
-    return {
-        name: median_seconds(partial(call, [sys.executable, "-c", command]), "cpu", repeats=3, warmup=1)
-        for name, command in commands.items()
-    }
+    seconds = {}
+    for name, command in (
+        ("peft and transformers", "import peft, transformers, torch"),
+        ("asymgqa_peft", "import asymgqa_peft"),
+    ):
+        start = partial(subprocess.run, [sys.executable, "-c", command], check=True, capture_output=True)
+        seconds[name] = median_seconds(start, "cpu", repeats=3, warmup=1)
+    return seconds
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -180,7 +201,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
-    parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=SIZES, default=default_device())
     return parser.parse_args(arguments)
 
 

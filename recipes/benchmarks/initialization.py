@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import copy
 import lzma
-import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from peft import get_peft_model
@@ -25,11 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import perplexity
+from recipes.reporting import print_report
+from recipes.stdlib_text import held_out_texts, token_blocks, validation_texts
 
 RECIPES = Path(__file__).resolve().parents[1]
-sys.path.append(str(RECIPES))
-from reporting import print_report  # noqa: E402
-from stdlib_text import held_out_texts, token_blocks, validation_texts  # noqa: E402
 
 
 def arm(grouping: str, merge: str, refit: bool = False, criterion: str = "residual") -> dict:
@@ -61,10 +60,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device).eval()
     blocks = token_blocks(read(args.calibration) or validation_texts(args.stdlib), tokenizer, args.block_size)
-    held_out = token_blocks(read(args.held_out) or held_out_texts(args.stdlib), tokenizer, args.block_size)[
-        : args.held_out_blocks
-    ]
-    held_out = held_out.split(args.batch_size)
+    held_out = token_blocks(read(args.held_out) or held_out_texts(args.stdlib), tokenizer, args.block_size)
+    held_out = held_out[: args.held_out_blocks].split(args.batch_size)
     reference = perplexity(base, held_out)
     print(f"base: perplexity {reference:.3f} on {sum(b.numel() for b in held_out):,} held-out tokens", flush=True)
     rows = []
@@ -73,7 +70,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             runs = [convert(base, blocks, held_out, ratio, ARMS[name], seed, args) for seed in args.seeds]
             rows.append(summary(name, ratio, runs, reference))
             print(f"{ratio}:1 {name}: {rows[-1]['perplexity']:.2f} ({rows[-1]['x base']:.3f}x)", flush=True)
-    print_report(rows, args.device, base_perplexity=reference, arguments={k: str(v) for k, v in vars(args).items()})
+    print_report(rows, args.device, base_perplexity=reference, arguments=vars(args))
     return rows
 
 
@@ -88,14 +85,16 @@ def convert(base, blocks, held_out, ratio: int, choices: dict, seed: int, args: 
     start = time.perf_counter()
     report = initialize_asymgqa_weights(model, blocks[chosen].split(args.batch_size), progress=False)
     seconds = time.perf_counter() - start
-    sizes = [max(map(len, layer)) for layer in report.head_groups]
-    return {"perplexity": perplexity(model, held_out), "seconds": seconds, "largest_group": max(sizes)}
+    largest = 0
+    for layer in report.head_groups:
+        largest = max(largest, *map(len, layer))
+    return {"perplexity": perplexity(model, held_out), "seconds": seconds, "largest_group": largest}
 
 
 def summary(name: str, ratio: int, runs: list[dict], reference: float) -> dict:
     """One row of the table."""
     values = [run["perplexity"] for run in runs]
-    mean = sum(values) / len(values)
+    mean = fmean(values)
     return {
         "arm": name,
         "ratio": f"{ratio}:1",
@@ -103,7 +102,7 @@ def summary(name: str, ratio: int, runs: list[dict], reference: float) -> dict:
         "x base": mean / reference,
         "+-": max(abs(value - mean) for value in values),
         "largest group": max(run["largest_group"] for run in runs),
-        "seconds": sum(run["seconds"] for run in runs) / len(runs),
+        "seconds": fmean(run["seconds"] for run in runs),
     }
 
 
@@ -111,7 +110,9 @@ def read(path: Path | None) -> list[str] | None:
     """A text file, .xz or plain."""
     if path is None:
         return None
-    opened = lzma.open if path.suffix == ".xz" else open
+    opened = open
+    if path.suffix == ".xz":
+        opened = lzma.open
     with opened(path, "rt", encoding="utf-8") as file:
         return [file.read()]
 

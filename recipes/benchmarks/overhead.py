@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -27,13 +27,26 @@ from transformers import AutoModelForCausalLM
 
 from asymgqa_peft import AsymGQAConfig
 from asymgqa_peft.adapter.site import attention_sites
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from reporting import print_report
-from shapes import SHAPES, ceilings, peak_bytes, random_llama, reset_peak, shape_config, synchronize, unequal_groups
+from recipes.benchmarks.shapes import (
+    SHAPES,
+    ceilings,
+    default_device,
+    peak_beyond,
+    print_checks,
+    random_llama,
+    reset_peak,
+    shape_config,
+    synchronize,
+    unequal_groups,
+)
+from recipes.reporting import print_report
 
 RECIPES = Path(__file__).resolve().parents[1]
 LORA, EQUAL, UNEQUAL, PADDED = "LoRA", "equal groups", "unequal groups", "unequal groups, padded slots"
+DEFAULTS = {
+    "cuda": {"batch": 2, "length": 2048, "checkpointing": [0, 1]},
+    "cpu": {"batch": 8, "length": 512, "checkpointing": [0]},
+}
 LIMITS = {"cuda": {"time": 1.10, "memory": 1.10}, "cpu": {"time": 1.20}}
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 
@@ -42,7 +55,6 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure every arm and print the table and the JSON line."""
     args = parse_args(arguments)
     limits, rows = ceilings(args.device), []
-    print("measured ceilings: " + ", ".join(f"{name} {value:,.1f}" for name, value in limits.items()), flush=True)
     base = load_base(args)
     inputs = torch.randint(base.config.vocab_size, (args.batch, args.length), device=args.device)
     error = layouts_differ(base, inputs[:1, :64], args)
@@ -57,15 +69,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             for arm in arms.values():
                 arm.measure()
         floors = floor_seconds(base, inputs, checkpointing, limits)
-        rows += [row(name, arm, arms[LORA], checkpointing, floors) for name, arm in arms.items()]
-        for arm_row in rows[-len(arms) :]:
-            print(arm_row, flush=True)
+        for name, arm in arms.items():
+            rows.append(row(name, arm, arms[LORA], checkpointing, floors))
+            print(rows[-1], flush=True)
         arms.clear()
     checks = within_limits(rows, LIMITS[args.device])
-    for check, met in checks.items():
-        print(f"{'met' if met else 'NOT MET'}: {check}")
-    options = {name: str(value) for name, value in vars(args).items()}
-    print_report(rows, args.device, ceilings=limits, checks=checks, layouts_error=error, arguments=options)
+    print_checks(checks)
+    print_report(rows, args.device, ceilings=limits, checks=checks, layouts_error=error, arguments=vars(args))
     return rows
 
 
@@ -130,7 +140,9 @@ class Arm:
         before = reset_peak(device)
         self.forward()
         self.step()
-        self.peak = None if peak_bytes(device) is None else own + peak_bytes(device) - before
+        self.peak = peak_beyond(before, device)
+        if self.peak is not None:
+            self.peak += own
         self.trainable = sum(parameter.numel() for parameter in trained)
 
     @torch.no_grad()
@@ -161,28 +173,31 @@ def floor_seconds(base: nn.Module, inputs: torch.Tensor, checkpointing: bool, li
     attention = inputs.shape[1] * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     backbone, head = 2 * tokens * (products + attention), 2 * tokens * config.hidden_size * config.vocab_size
     rate = limits.get("bfloat16 TFLOP/s", limits["float32 TFLOP/s"]) * 1e12
-    return backbone / rate, ((3 if checkpointing else 2) * backbone + 2 * head) / rate
+    passes = 2
+    if checkpointing:  # the forward is run again
+        passes += 1
+    return backbone / rate, (passes * backbone + 2 * head) / rate
 
 
 def row(name: str, arm: Arm, lora: Arm, checkpointing: bool, floors: tuple) -> dict:
     """One row of the table; ratios are to plain LoRA."""
-
-    def median(values: list[float]) -> float:
-        return sorted(values)[len(values) // 2]
-
-    return {
+    forward, step = median(arm.forwards), median(arm.steps)
+    found = {
         "arm": name,
         "checkpointing": "on" if checkpointing else "off",
         "trainable": arm.trainable,
-        "forward, ms": median(arm.forwards) * 1e3,
+        "forward, ms": forward * 1e3,
         "floor, ms": floors[0] * 1e3,
-        "x LoRA": median(arm.forwards) / median(lora.forwards),
-        "step, ms": median(arm.steps) * 1e3,
+        "x LoRA": forward / median(lora.forwards),
+        "step, ms": step * 1e3,
         "step floor, ms": floors[1] * 1e3,
-        "step x LoRA": median(arm.steps) / median(lora.steps),
-        "peak, GB": None if arm.peak is None else arm.peak / 1e9,
-        "peak x LoRA": None if arm.peak is None else arm.peak / lora.peak,
+        "step x LoRA": step / median(lora.steps),
+        "peak, GB": None,
+        "peak x LoRA": None,
     }
+    if arm.peak is not None:
+        found |= {"peak, GB": arm.peak / 1e9, "peak x LoRA": arm.peak / lora.peak}
+    return found
 
 
 def within_limits(rows: list[dict], limits: dict[str, float]) -> dict[str, bool]:
@@ -199,7 +214,7 @@ def within_limits(rows: list[dict], limits: dict[str, float]) -> dict[str, bool]
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=LIMITS, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=LIMITS, default=default_device())
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b", help="on a GPU")
     parser.add_argument("--layers", type=int, default=4, help="on a GPU")
     parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="on a CPU: folder of an MHA model")
@@ -212,10 +227,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         "--checkpointing", type=int, nargs="+", choices=[0, 1], help="default: 0 1 on a GPU, 0 on a CPU"
     )
     args = parser.parse_args(arguments)
-    on_gpu = args.device == "cuda"
-    args.batch = args.batch or (2 if on_gpu else 8)
-    args.length = args.length or (2048 if on_gpu else 512)
-    args.checkpointing = args.checkpointing or ([0, 1] if on_gpu else [0])
+    for name, value in DEFAULTS[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 

@@ -18,9 +18,9 @@ import copy
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +31,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
 from asymgqa_peft.tables import markdown_table
+from recipes.benchmarks.initialization import read
+from recipes.benchmarks.shapes import default_device
+from recipes.reporting import print_report
+from recipes.stdlib_text import held_out_texts, token_blocks, validation_texts
 
 RECIPES = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(RECIPES), str(RECIPES / "benchmarks")]
-from initialization import read  # noqa: E402
-from reporting import print_report  # noqa: E402
-from stdlib_text import held_out_texts, token_blocks, validation_texts  # noqa: E402
-
 BITS = (16, 8, 4)
 BLOCK = 32
 BUDGETS = (1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -65,16 +64,19 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             print(point, flush=True)
     full = kv_bytes(base, 16)
     points.sort(key=lambda point: (-point["kv_bytes_per_token"], point["perplexity"]))
-    rows = [{**point, "share of MHA": point["kv_bytes_per_token"] / full} for point in points]
+    rows = []
+    for point in points:
+        rows.append({**point, "share of MHA": point["kv_bytes_per_token"] / full})
     choices = [best_within(points, budget, full) for budget in BUDGETS]
     print(f"\nthe best at each budget\n{markdown_table(choices, aligned=True)}\n", flush=True)
     if args.plot:
         from asymgqa_peft.plotting import plot_quality
 
-        lines = [point | {"arm": line_of(point["arm"])} for point in points]
+        lines = []
+        for point in points:
+            lines.append(point | {"arm": line_of(point["arm"])})
         print("drawn: " + ", ".join(map(str, plot_quality(lines, args.plot))), flush=True)
-    options = {name: str(value) for name, value in vars(args).items()}
-    print_report(rows, args.device, choices=choices, arguments=options)
+    print_report(rows, args.device, choices=choices, arguments=vars(args))
     return rows
 
 
@@ -84,7 +86,9 @@ def models(base: nn.Module, calibration: Tensor, args: argparse.Namespace) -> It
     for folder in args.adapters:
         model = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
         yield f"{folder.name} (G {model.active_peft_config.num_key_value_heads})", model
-    for ratio in () if args.adapters else args.ratios:
+    if args.adapters:
+        return
+    for ratio in args.ratios:
         groups = base.config.num_key_value_heads // ratio
         config = AsymGQAConfig(num_key_value_heads=groups, r=args.rank, lora_alpha=args.rank, task_type="CAUSAL_LM")
         model = get_peft_model(copy.deepcopy(base), config).eval()
@@ -96,12 +100,14 @@ def models(base: nn.Module, calibration: Tensor, args: argparse.Namespace) -> It
 
 def line_of(arm: str) -> str:
     """The line of the plot that a point lies on: MHA's widths make one, a conversion's ratios one per width."""
-    from experiments import OURS  # with it comes trl, which only a plot has to wait for
+    from recipes.experiments import OURS  # with it comes trl, which only a plot has to wait for
 
     if arm.startswith("MHA"):
         return "MHA, quantised"
     name, _, widths = arm.partition(", ")
-    return f"ours, {widths}" if name.startswith("ours ") else arm.replace(OURS, "ours, recovered")
+    if name.startswith("ours "):
+        return f"ours, {widths}"
+    return arm.replace(OURS, "ours, recovered")
 
 
 # ------------------------------------------------------------------------------------------ the quantised cache
@@ -143,7 +149,10 @@ def kv_bytes(model: nn.Module, bits: int) -> float:
 
 def quantised_bytes(unrounded: float, bits: int) -> float:
     """Bytes of a cache that takes `unrounded` in 16 bits."""
-    return unrounded * (bits if bits == 16 else bits + 32 / BLOCK) / 16
+    if bits == 16:
+        return unrounded
+    scale_and_least = 32 / BLOCK
+    return unrounded * (bits + scale_and_least) / 16
 
 
 @torch.no_grad()
@@ -170,7 +179,14 @@ def check_cache(model: nn.Module, batches) -> None:
 
 def recovered_column(bits: int) -> str:
     """What recovery.py calls the perplexity after recovery with a cache of so many bits."""
-    return "recovered" if bits == 16 else f"recovered, {bits} bits"
+    return named_with_bits("recovered", bits)
+
+
+def named_with_bits(name: str, bits: int) -> str:
+    """What is measured with the cache as it is keeps its name."""
+    if bits == 16:
+        return name
+    return f"{name}, {bits} bits"
 
 
 def read_results(path: Path | None) -> Iterator[dict]:
@@ -179,25 +195,27 @@ def read_results(path: Path | None) -> Iterator[dict]:
         return
     found: dict[tuple, list[float]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        rows = json.loads(line).get("rows", []) if line.startswith("{") else []
-        for row, bits in itertools.product(rows, BITS):
-            if row.get(recovered_column(bits)):
-                point = (row["arm"] if bits == 16 else f"{row['arm']}, {bits} bits", row["KV bytes/token"], bits)
-                found.setdefault(point, []).append(row[recovered_column(bits)])
+        if not line.startswith("{"):  # the table above it
+            continue
+        for row, bits in itertools.product(json.loads(line).get("rows", []), BITS):
+            value = row.get(recovered_column(bits))
+            if value:
+                point = (named_with_bits(row["arm"], bits), row["KV bytes/token"], bits)
+                found.setdefault(point, []).append(value)
     if not found:
         raise SystemExit(f"--results {path} holds no recovered arm: give what recovery.py printed.")
     for (arm, size, bits), values in found.items():
-        mean = sum(values) / len(values)
-        yield {"arm": arm, "kv_bytes_per_token": quantised_bytes(size, bits), "perplexity": mean}
+        yield {"arm": arm, "kv_bytes_per_token": quantised_bytes(size, bits), "perplexity": fmean(values)}
 
 
 def best_within(points: list[dict], budget: float, full: float) -> dict:
     """The point of least perplexity within a share of the MHA model's 16-bit cache."""
     within = [point for point in points if point["kv_bytes_per_token"] <= budget * full]
     best = min(within, key=lambda point: point["perplexity"], default={})
-    return {"budget, share of MHA": budget, "bytes": budget * full} | {
-        name: best.get(name) for name in ("arm", "kv_bytes_per_token", "perplexity")
-    }
+    choice = {"budget, share of MHA": budget, "bytes": budget * full}
+    for name in ("arm", "kv_bytes_per_token", "perplexity"):
+        choice[name] = best.get(name)
+    return choice
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -210,7 +228,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=Path, help="text to measure on (default: the held-out modules)")
     parser.add_argument("--stdlib", type=Path, help="folder of another Python's standard library to read")
     parser.add_argument("--plot", type=Path, help="draw the points there, as PNG and SVG")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8], help="without --adapters: heads per group")
     parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--blocks", type=int, default=128, help="calibration blocks")

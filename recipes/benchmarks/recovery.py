@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,14 +28,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
-
-RECIPES = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(RECIPES), str(RECIPES / "benchmarks")]
-from experiments import ARMS, OURS, Cells, arm_config, distilled, train  # noqa: E402
-from initialization import model_and_texts, read  # noqa: E402
-from quality_per_byte import BITS, quantised_perplexity, recovered_column  # noqa: E402
-from reporting import print_report  # noqa: E402
-from stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts  # noqa: E402
+from recipes.benchmarks.initialization import model_and_texts, read
+from recipes.benchmarks.quality_per_byte import BITS, quantised_perplexity, recovered_column
+from recipes.benchmarks.shapes import default_device
+from recipes.experiments import ARMS, OURS, Cells, arm_config, distilled, train
+from recipes.reporting import print_report
+from recipes.stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts
 
 CONTROL = "control: MHA, SFT"
 Cell = tuple[dict, Callable[[], dict]]
@@ -58,14 +55,17 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     if args.sweep:
         calibration, measured = calibration[:-SWEEP_BLOCKS], calibration[-SWEEP_BLOCKS:]
     measured = measured[: args.held_out_blocks].split(args.batch_size)
-    cells = Cells(args.output / ("sweep" if args.sweep else "runs"))
     run = Run(args, tokenizer, text, calibration, measured)
+    folder, cells_of_seed = "runs", run.comparison
+    if args.sweep:
+        folder, cells_of_seed = "sweep", run.sweep
+    cells = Cells(args.output / folder)
     cells.get({"ratio": "1:1", "arm": "base", "seed": 0}, run.base)
     for seed in args.seeds:
-        for key, measure in (run.sweep if args.sweep else run.comparison)(seed):
+        for key, measure in cells_of_seed(seed):
             cells.get(key, measure)
     rows = with_ratio_to_base(cells.all())
-    print_report(rows, args.device, arguments={name: str(value) for name, value in vars(args).items()})
+    print_report(rows, args.device, arguments=vars(args))
     return rows
 
 
@@ -82,7 +82,9 @@ class Run:
         if args.control:
             yield {"ratio": "1:1", "arm": CONTROL, "seed": seed}, partial(self.control, seed)
         for ratio, arm in itertools.product(args.ratios, args.arms):
-            rate = args.rates[0] if distilled(arm) else args.sft_rate
+            rate = args.sft_rate
+            if distilled(arm):
+                rate = args.rates[0]
             key = {"ratio": f"{ratio}:1", "arm": arm, "seed": seed}
             yield key, partial(self.convert, arm, ratio, seed, rate, args.scales[0])
 
@@ -121,15 +123,15 @@ class Run:
         initialize_asymgqa_weights(model, batches, progress=False)
         before = perplexity(model, self.measured)
         start = time.perf_counter()
-        losses = self.train(model, seed, rate, 1.0 if distilled(arm) else 0.0, scale)
-        return {
+        losses = self.train(model, seed, rate, float(distilled(arm)), scale)
+        result = {
             "KV bytes/token": kv_bytes(model),
             "no training": before,
             "recovered": perplexity(model, self.measured),
-            **{recovered_column(bits): quantised_perplexity(model, self.measured, bits) for bits in args.bits},
-            "seconds": time.perf_counter() - start,
-            "losses": losses,
         }
+        for bits in args.bits:
+            result[recovered_column(bits)] = quantised_perplexity(model, self.measured, bits)
+        return result | {"seconds": time.perf_counter() - start, "losses": losses}
 
     def train(self, model, seed: int, rate: float, weight: float, scale: float) -> list[float]:
         """`--tokens` tokens of the text, blocks in a seeded order, repeated if there are too few."""
@@ -165,11 +167,16 @@ def with_ratio_to_base(cells: list[dict]) -> list[dict]:
     cells.sort(key=lambda cell: (cell["ratio"], order.index(cell["arm"]), str(sorted(cell.items()))))
     recovered = [recovered_column(bits) for bits in sorted(BITS, reverse=True)]
     columns = ("ratio", "arm", "seed", "rate", "scale", "KV bytes/token", "no training", *recovered)
-    present = [name for name in columns if any(name in cell for cell in cells)]
+    known = set().union(*cells)
     rows = []
     for cell in cells:
-        row = {name: cell.get(name) for name in present}
-        row["x base"] = cell["recovered"] / base if "recovered" in cell else None
+        row = {}
+        for name in columns:
+            if name in known:
+                row[name] = cell.get(name)
+        row["x base"] = None
+        if "recovered" in cell:
+            row["x base"] = cell["recovered"] / base
         rows.append(row)
     return rows
 
@@ -179,7 +186,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = model_and_texts(__doc__)
     parser.add_argument("--text", type=Path, help="text to train on (default: the bundled model's training modules)")
     parser.add_argument("--output", type=Path, default=Path("out/recovery"), help="folder of the results")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--tokens", type=float, default=8e6, help="tokens of recovery")
     parser.add_argument("--ratios", type=int, nargs="*", default=[2, 4, 8], help="base KV heads per shared head")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="default: all")

@@ -8,10 +8,8 @@ Prints a table, with the share of the neighbour partition's cost that is left, a
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -20,9 +18,7 @@ from asymgqa_peft.heads import HeadShape, SharedShape
 from asymgqa_peft.method.costs import group_costs, pair_costs
 from asymgqa_peft.method.search import search_partition
 from asymgqa_peft.method.statistics import LayerStatistics
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from reporting import print_report
+from recipes.reporting import print_report
 
 
 def main() -> None:
@@ -35,13 +31,14 @@ def main() -> None:
     shared = SharedShape.of_width(shape)
     cap = default_max_group_size(args.heads, args.heads, args.groups)
     rows = []
-    for symmetric in (True, False):
+    for grouping in ("symmetric", "asymmetric"):
         costs = partial(group_costs, moments, shape=shared, criterion="residual", merge="principal")
         begin = time.perf_counter()
-        found = search_partition(costs, args.heads, args.groups, cap, symmetric, args.seed, pairs)
+        equal_sizes = grouping == "symmetric"
+        found = search_partition(costs, args.heads, args.groups, cap, equal_sizes, args.seed, pairs)
         rows.append(
             {
-                "grouping": "symmetric" if symmetric else "asymmetric",
+                "grouping": grouping,
                 "pair costs, s": paired - start,
                 "search, s": time.perf_counter() - begin,
                 "exact evaluations": found.evaluations,
@@ -64,7 +61,8 @@ def random_moments(shape: HeadShape, groups: int, tokens: int, seed: int):
     statistics = LayerStatistics(shape)
     for _ in range(0, tokens, 512):
         hidden = draw(512, groups, dim)[:, source]
-        key, value = (torch.einsum("nhd,hde->nhe", hidden + draw(512, heads, dim), basis) for _ in range(2))
+        key = torch.einsum("nhd,hde->nhe", hidden + draw(512, heads, dim), basis)
+        value = torch.einsum("nhd,hde->nhe", hidden + draw(512, heads, dim), basis)
         statistics.update(draw(1, 512, heads * dim), key.flatten(1)[None], value.flatten(1)[None])
     return statistics.moments(draw(shape.hidden_size, heads * dim).double()).for_search()
 

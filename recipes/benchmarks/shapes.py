@@ -37,10 +37,26 @@ SHAPES = {
 }
 
 
+def default_device() -> str:
+    """A GPU if there is one."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "cpu"
+
+
+def working_dtype(device: str) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on a CPU, where bfloat16 is slow."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16
+    return torch.float32
+
+
 def shape_config(shape: str, layers: int | None = None, **changes) -> LlamaConfig:
     """The Llama configuration of a named shape, with fewer layers or other changes."""
     sizes = _COMMON | SHAPES[shape] | changes
-    return LlamaConfig(**sizes | {"num_hidden_layers": layers or sizes["num_hidden_layers"]})
+    if layers:
+        sizes["num_hidden_layers"] = layers
+    return LlamaConfig(**sizes)
 
 
 def random_llama(config: LlamaConfig, device: str, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
@@ -53,11 +69,17 @@ def random_llama(config: LlamaConfig, device: str, dtype: torch.dtype, seed: int
 def unequal_groups(heads: int, groups: int) -> list[list[int]]:
     """Unequal groups of interleaved heads: the largest has 1.5 times the mean, the smallest half of it."""
     mean = heads // groups
-    extra = [mean // 2 if index % 2 == 0 and index + 1 < groups else 0 for index in range(groups)]
-    sizes = [mean + e if e else mean - (extra[i - 1] if i % 2 else 0) for i, e in enumerate(extra)]
+    sizes = [mean] * groups
+    # Of each two groups the first takes half of the second's heads.
+    for first in range(0, groups - 1, 2):
+        sizes[first] += mean // 2
+        sizes[first + 1] -= mean // 2
     order = sorted(range(heads), key=lambda head: (head % 3, head))
-    starts = [sum(sizes[:index]) for index in range(groups)]
-    return [sorted(order[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+    partition, start = [], 0
+    for size in sizes:
+        partition.append(sorted(order[start : start + size]))
+        start += size
+    return partition
 
 
 @torch.no_grad()
@@ -94,17 +116,30 @@ def median_seconds(call: Callable[[], object], device: str, repeats: int = 5, wa
 
 
 def ceilings(device: str) -> dict[str, float]:
-    """What the device reaches on its best work: TFLOP/s of large products per dtype, GB/s of a copy (read + write)."""
-    large = torch.device(device).type == "cuda"
-    size, dtypes = (8192, ("bfloat16", "float32", "float64")) if large else (512, ("float32", "float64"))
+    """Measure and print what the device reaches on its best work.
+
+    Returns:
+        TFLOP/s of large matrix products, an entry per dtype, and GB/s of a copy (read and write).
+    """
+    size, copied, dtypes = 512, 1 << 24, ("float32", "float64")
+    if torch.device(device).type == "cuda":
+        size, copied, dtypes = 8192, 1 << 30, ("bfloat16", "float32", "float64")
     found = {}
     for name in dtypes:
         matrix = torch.randn(size, size, device=device).to(getattr(torch, name))
         found[f"{name} TFLOP/s"] = 2 * size**3 / median_seconds(lambda m=matrix: m @ m, device) / 1e12
-    source = torch.zeros(1 << (30 if large else 24), dtype=torch.uint8, device=device)
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found["copy GB/s"] = 2 * source.numel() / median_seconds(lambda: target.copy_(source), device) / 1e9
+    found["copy GB/s"] = 2 * copied / median_seconds(lambda: target.copy_(source), device) / 1e9
+    print("measured ceilings: " + ", ".join(f"{name} {value:,.1f}" for name, value in found.items()), flush=True)
     return found
+
+
+def print_checks(checks: dict[str, bool]) -> None:
+    """A line per target: met or not."""
+    for target, met in checks.items():
+        verdict = "met" if met else "NOT MET"
+        print(f"{verdict}: {target}", flush=True)
 
 
 def reset_peak(device: str) -> int:
@@ -116,9 +151,11 @@ def reset_peak(device: str) -> int:
     return torch.cuda.memory_allocated()
 
 
-def peak_bytes(device: str) -> int | None:
-    """Most bytes allocated since `reset_peak`; None on a CPU."""
-    return torch.cuda.max_memory_allocated() if torch.device(device).type == "cuda" else None
+def peak_beyond(before: int, device: str) -> int | None:
+    """Most bytes allocated at a time since `reset_peak`, less the `before` that it gave; None on a CPU."""
+    if torch.device(device).type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated() - before
 
 
 REPLAY_SECONDS = 0.1
@@ -127,19 +164,24 @@ REPLAY_SECONDS = 0.1
 
 def graph_seconds(calls: list[Callable[[], object]], device: str, repeats: int = 7) -> float:
     """Median seconds per call, all calls in one CUDA graph: what the kernels take without the launching of them."""
+
+    def call_all() -> None:
+        for call in calls:
+            call()
+
     if torch.device(device).type != "cuda":
-        return median_seconds(lambda: [call() for call in calls], device, repeats) / len(calls)
+        return median_seconds(call_all, device, repeats) / len(calls)
+    # PyTorch wants a few warm-up calls on another stream before it captures.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls[:3] if len(calls) > 3 else calls * 3:
+        for call in (calls * 3)[:3]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.empty_cache()  # while capturing nothing can be given back
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+        call_all()
     once = median_seconds(graph.replay, device, repeats=1, warmup=1)
     rounds = max(1, min(20 // len(calls), int(REPLAY_SECONDS / once)))
 

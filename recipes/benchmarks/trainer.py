@@ -11,24 +11,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 
+from asymgqa_peft import AsymGQAConfig
+from asymgqa_peft.initialize.walk import peak_memory
 from asymgqa_peft.tables import markdown_table
+from recipes.benchmarks.shapes import (
+    default_device,
+    random_llama,
+    reset_peak,
+    shape_config,
+    synchronize,
+    working_dtype,
+)
+from recipes.reporting import provenance
 
 ARMS = {"SFTTrainer": None, "AsymGQATrainer w=1": 1.0, "AsymGQATrainer w=0.5": 0.5}
 BASELINE, TARGET = "SFTTrainer", "AsymGQATrainer w=1"
 LIMITS = {"memory_ratio": 1.15, "time_ratio": 1.45}
-PACKAGES = ("torch", "transformers", "peft", "trl")
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +49,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="tokens per sequence")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the timed ones")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default=default_device())
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     parser.add_argument("--chunk-mib", type=int, default=None, help="size of one chunk's logits")
     parser.add_argument("--arm", choices=list(ARMS), help=argparse.SUPPRESS)  # set when the script calls itself
@@ -54,7 +63,9 @@ def main(argv: list[str] | None = None) -> dict:
         result = measure(options)
         print(json.dumps(result))
         return result
-    arms = {arm: run_in_subprocess(arm, sys.argv[1:] if argv is None else argv) for arm in ARMS}
+    if argv is None:
+        argv = sys.argv[1:]
+    arms = {arm: run_in_subprocess(arm, argv) for arm in ARMS}
     summary = summarise(options, arms)
     print_table(summary)
     print(json.dumps(summary))
@@ -63,8 +74,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run_in_subprocess(arm: str, argv: list[str]) -> dict:
     """Measure one arm in a fresh process: no caches, no fragments and no peak of the arm before."""
-    command = [sys.executable, __file__, *argv, "--arm", arm]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "recipes.benchmarks.trainer", *argv, "--arm", arm]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     if process.returncode != 0:
         raise SystemExit(f"{arm} failed, its error is above; the command was: {' '.join(command)}")
     return json.loads(process.stdout.splitlines()[-1])
@@ -79,12 +90,12 @@ def measure(options: argparse.Namespace) -> dict:
         trainer, clock = build_trainer(options, folder)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trainable, _ = trainer.model.get_nb_trainable_parameters()
     return {
         "step_seconds": statistics.median(clock.seconds),
-        "peak_bytes": clock.peak_bytes(),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "cpu",
+        "peak_bytes": peak_memory(),
         "losses": [losses[0], losses[-1]],
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trainable_parameters": trainable,
         "backbone_parameters": sum(p.numel() for name, p in trainer.model.named_parameters() if ".layers." in name),
     }
 
@@ -130,26 +141,19 @@ def build_trainer(options: argparse.Namespace, folder: str):
 
 def adapted_llama(options: argparse.Namespace):
     """A random Llama MHA at 4:1, in bfloat16 on CUDA."""
-    from peft import get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from asymgqa_peft import AsymGQAConfig
-
     heads = options.hidden // 64
-    config = LlamaConfig(
+    config = shape_config(
+        "tiny",
+        options.layers,
         vocab_size=options.vocab,
         hidden_size=options.hidden,
         intermediate_size=4 * options.hidden,
-        num_hidden_layers=options.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=options.length,
         tie_word_embeddings=True,
     )
-    with torch.device(options.device):
-        model = LlamaForCausalLM(config)
-    if options.device == "cuda":
-        model.to(torch.bfloat16)
+    model = random_llama(config, options.device, working_dtype(options.device))
     groups = max(1, heads // 4)
     return get_peft_model(model, AsymGQAConfig(num_key_value_heads=groups, grouping="neighbour", merge="mean", r=16))
 
@@ -173,22 +177,15 @@ def step_clock(options: argparse.Namespace):
             self.seconds: list[float] = []
 
         def on_step_begin(self, args, state, control, **kwargs) -> None:
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-                if state.global_step == options.warmup:
-                    torch.cuda.reset_peak_memory_stats()
+            synchronize(options.device)
+            if state.global_step == options.warmup:
+                reset_peak(options.device)
             self.started = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs) -> None:
-            if options.device == "cuda":
-                torch.cuda.synchronize()
+            synchronize(options.device)
             if state.global_step > options.warmup:
                 self.seconds.append(time.perf_counter() - self.started)
-
-        def peak_bytes(self) -> int:
-            if options.device == "cuda":
-                return torch.cuda.max_memory_allocated()
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     return StepClock()
 
@@ -199,7 +196,9 @@ def expected_time_ratio(options: argparse.Namespace, backbone_parameters: int) -
     The head takes three products with (E, V) either way: SFTTrainer projects again in backward, where AsymGQATrainer
     projects the teacher. Attention itself, and everything that is bound by bandwidth, is left out.
     """
-    passes = 2 if options.no_checkpointing else 3
+    passes = 3
+    if options.no_checkpointing:
+        passes = 2
     head = 3 * options.hidden * options.vocab
     return ((passes + 1) * backbone_parameters + head) / (passes * backbone_parameters + head)
 
@@ -217,18 +216,9 @@ def summarise(options: argparse.Namespace, arms: dict[str, dict]) -> dict:
         "limits": LIMITS,
         "expected_time_ratio": expected_time_ratio(options, base["backbone_parameters"]),
         "arms": arms,
-        "options": {name: value for name, value in vars(options).items() if name != "arm"},
-        "device": base["device"],
-        "commit": commit(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "options": vars(options),
+        **provenance(options.device),
     }
-
-
-def commit() -> str:
-    """The commit that ran, marked if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return process.stdout.strip() or "none"
 
 
 def print_table(summary: dict) -> None:

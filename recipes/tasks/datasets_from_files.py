@@ -26,24 +26,29 @@ def load_mmlu(mmlu_zip: str, subjects: str | None = None, shots: int | str = 5, 
         shots: worked examples, the first ones of the subject's dev file.
     """
     with zipfile.ZipFile(mmlu_zip) as archive:
-        wanted = subjects.split(",") if subjects else _subjects(archive)
-        return DatasetDict(test=Dataset.from_list([row for s in wanted for row in _questions(archive, s, int(shots))]))
+        wanted = _subjects(archive)
+        if subjects:
+            wanted = subjects.split(",")
+        rows = []
+        for subject in wanted:
+            rows += _questions(archive, subject, int(shots))
+        return DatasetDict(test=Dataset.from_list(rows))
 
 
 def _subjects(archive: zipfile.ZipFile) -> list[str]:
-    return sorted(
-        Path(name).name.removesuffix("_test.csv") for name in archive.namelist() if name.endswith("_test.csv")
-    )
+    ending = "_test.csv"
+    return sorted(Path(name).name.removesuffix(ending) for name in archive.namelist() if name.endswith(ending))
 
 
 def _questions(archive: zipfile.ZipFile, subject: str, shots: int) -> list[dict]:
     about = subject.replace("_", " ")
     head = f"The following are multiple choice questions (with answers) about {about}.\n\n"
-    examples = [f"{_ask(row)} {row[5]}\n\n" for row in _rows(archive, "dev", subject)[:shots]]
-    return [
-        {"prompt": head + "".join(examples) + _ask(row), "answer": LETTERS.index(row[5]), "subject": subject}
-        for row in _rows(archive, "test", subject)
-    ]
+    for row in _rows(archive, "dev", subject)[:shots]:
+        head += f"{_ask(row)} {row[5]}\n\n"
+    questions = []
+    for row in _rows(archive, "test", subject):
+        questions.append({"prompt": head + _ask(row), "answer": LETTERS.index(row[5]), "subject": subject})
+    return questions
 
 
 def _rows(archive: zipfile.ZipFile, split: str, subject: str) -> list[list[str]]:

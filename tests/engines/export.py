@@ -20,13 +20,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
+from recipes import merge_and_push
+from recipes.stdlib_text import held_out_texts, token_blocks, validation_texts
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPOSITORY / "recipes"))
-
-import merge_and_push  # noqa: E402
-from stdlib_text import held_out_texts, token_blocks, validation_texts  # noqa: E402
-
 BASE = REPOSITORY / "recipes" / "tiny_model"
 KV_HEADS = 4
 GROUPINGS = {"unequal": "asymmetric", "equal": "symmetric"}

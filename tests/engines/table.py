@@ -9,9 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "recipes"))
-
-from reporting import print_report
+from recipes.reporting import print_report
 
 CHECKPOINTS = ("unequal", "equal", "base")
 CONTROL = "base"  # not ours: shows what an engine makes of the model before conversion

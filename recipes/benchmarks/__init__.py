@@ -1,0 +1,1 @@
+"""Benchmarks: what they measured stands in README.md beside them."""
