@@ -75,7 +75,9 @@ class PartitionSpace:
     def exchanges(self, partition: Partition) -> list[Partition]:
         """Every swap of two heads and every move of one head that the sizes admit, as `exchanged` gives them."""
         heads = range(self.base_kv_heads)
-        group_of = {head: index for index, group in enumerate(partition) for head in group}
+        group_of = {}
+        for index, group in enumerate(partition):
+            group_of.update(dict.fromkeys(group, index))
         found = []
         for head in heads:
             own = group_of[head]
@@ -95,9 +97,9 @@ class PartitionSpace:
         Each group stands where the one it came from stood; the groups are not sorted.
         """
         groups = [set(group) for group in partition]
-        own = next(group for group in groups if head in group)
+        own = _holding(groups, head)
         if target < self.base_kv_heads:
-            joined = next(group for group in groups if target in group)
+            joined = _holding(groups, target)
             joined.remove(target)
             own.add(target)
         else:
@@ -105,3 +107,8 @@ class PartitionSpace:
         own.remove(head)
         joined.add(head)
         return tuple(tuple(sorted(group)) for group in groups)
+
+
+def _holding(groups: list[set[int]], head: int) -> set[int]:
+    """The group that holds the head."""
+    return next(group for group in groups if head in group)

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations, islice
 
 import torch
 
@@ -85,7 +85,7 @@ def search_partition(
     exact = ExactCosts(costs)
     if base_kv_heads <= EXHAUSTIVE_HEADS:
         candidates = list(space.partitions(tuple(range(base_kv_heads)), num_groups))
-        best = _choose(space, candidates, exact, _tolerance(candidates, exact))
+        best = _cheapest(space, candidates, exact, _tolerance(candidates, exact))
     else:
         surrogate = PairSurrogate(pair_costs, base_kv_heads)
         if space.least < space.greatest:
@@ -93,10 +93,8 @@ def search_partition(
             smallest = 3 if exact_pairs else 2
             surrogate.calibrate(exact, range(smallest, space.greatest + 1), random.Random(seed))
         best = _search_by_surrogate(space, exact, surrogate, seed)
-    return SearchResult(best, _total(best, exact), _total(space.neighbour, exact), exact.evaluations)
-
-
-# --------------------------------------------------------------------------------------------------------- scores
+    cost, neighbour_cost = _totals([best, space.neighbour], exact)
+    return SearchResult(best, cost, neighbour_cost, exact.evaluations)
 
 
 class ExactCosts:
@@ -167,7 +165,10 @@ class PairSurrogate:
     @property
     def weights(self) -> torch.Tensor:
         """(K + 2,): by size of the group, what the summed cost of its pairs is multiplied by."""
-        return torch.tensor([0.0, *map(self._weight, range(1, len(self._pairs) + 2))], dtype=torch.float64)
+        weights = torch.zeros(len(self._pairs) + 2, dtype=torch.float64)
+        for size in range(1, len(weights)):
+            weights[size] = self._weight(size)
+        return weights
 
     def calibrate(self, exact: ExactCosts, sizes: range, generator: random.Random) -> None:
         """Fit the scale of every size to the exact costs of groups grown greedily and of random ones."""
@@ -176,9 +177,11 @@ class PairSurrogate:
         for _ in range(CALIBRATION_DRAWS):
             orders.append(self._nearest_first(generator.choice(heads), sizes.stop - 1))
             orders.append(generator.sample(heads, len(heads)))
-        samples = {size: [tuple(sorted(order[:size])) for order in orders] for size in sizes}
-        # One round of batches for all sizes; below they are looked up.
-        exact([group for groups in samples.values() for group in groups])
+        samples = {}
+        for size in sizes:
+            samples[size] = [tuple(sorted(order[:size])) for order in orders]
+        # One round of batches for all sizes; below, costs are looked up.
+        exact(list(chain.from_iterable(samples.values())))
         scale = {}
         for size, groups in samples.items():
             estimated = math.fsum(self(groups))
@@ -191,13 +194,11 @@ class PairSurrogate:
     def _nearest_first(self, head: int, count: int) -> list[int]:
         """``count`` heads from ``head`` on, each the cheapest to add to those before it."""
         order = [head]
+        rest = [other for other in range(len(self._pairs)) if other != head]
         while len(order) < count:
-            rest = [other for other in range(len(self._pairs)) if other not in order]
-            order.append(rest[_argmin(self([_with(tuple(order), other) for other in rest]))])
+            unions = [_united(tuple(order), (other,)) for other in rest]
+            order.append(rest.pop(_argmin(self(unions))))
         return order
-
-
-# --------------------------------------------------------------------------------------------------------- search
 
 
 def _search_by_surrogate(space: PartitionSpace, exact: ExactCosts, surrogate: PairSurrogate, seed: int) -> Partition:
@@ -207,12 +208,12 @@ def _search_by_surrogate(space: PartitionSpace, exact: ExactCosts, surrogate: Pa
     starts += [space.shuffled(generator) for _ in range(RESTARTS)]
     tolerance = _tolerance(starts, surrogate)
     optima = sorted({space.neighbour, *descend(space, starts, surrogate, tolerance)})
-    ranked = _ranked(optima, [_total(partition, surrogate) for partition in optima], tolerance)
+    ranked = _ranked(optima, _totals(optima, surrogate), tolerance)
     candidates = [space.neighbour, *ranked[:FINALISTS]]
     tolerance = _tolerance(candidates, exact)
-    best = _choose(space, candidates, exact, tolerance)
+    best = _cheapest(space, candidates, exact, tolerance)
     refined = _refine(space, best, surrogate, exact, tolerance)
-    return _choose(space, [space.neighbour, refined], exact, tolerance)
+    return _cheapest(space, [space.neighbour, refined], exact, tolerance)
 
 
 def descend(
@@ -275,9 +276,14 @@ def _refine(
         exchanges = space.exchanges(partition)
         expected = [_expected_change(partition, exchange, surrogate, exact) for exchange in exchanges]
         ranked = _ranked(exchanges, expected, tolerance)
-        untried = [exchange for exchange in ranked if not exact.knows(exchange)]
+        known, untried = [], []
+        for exchange in ranked:
+            if exact.knows(exchange):
+                known.append(exchange)
+            else:
+                untried.append(exchange)
         # What is known costs nothing to look at.
-        best = _best_exchange(partition, [exchange for exchange in ranked if exact.knows(exchange)], exact, tolerance)
+        best = _best_exchange(partition, known, exact, tolerance)
         while best is None and untried and exact.evaluations < EXACT_BUDGET:
             best = _best_exchange(partition, untried[:CONFIRM], exact, tolerance)
             untried = untried[CONFIRM:]
@@ -298,8 +304,9 @@ def _expected_change(partition: Partition, exchange: Partition, surrogate: PairS
             continue
         cost = exact([before])[0]
         estimate_before, estimate_after = surrogate([before, after])
-        ratio = cost / estimate_before if estimate_before > 0 else 1.0
-        change += estimate_after * ratio - cost
+        if estimate_before > 0:
+            estimate_after *= cost / estimate_before
+        change += estimate_after - cost
     return change
 
 
@@ -307,9 +314,7 @@ def _best_exchange(
     partition: Partition, exchanges: Sequence[Partition], exact: ExactCosts, tolerance: float
 ) -> Partition | None:
     """The cheapest exchange, if it saves more than the tolerance; of tied ones the first in order of groups."""
-    exact([group for exchange in exchanges for group in exchange])  # all in one round of batches
-    total = _total(partition, exact)
-    totals = [_total(exchange, exact) for exchange in exchanges]
+    total, *totals = _totals([partition, *exchanges], exact)
     limit = min(totals, default=total) + tolerance
     tied = []
     for exchange, cost in zip(exchanges, totals, strict=True):
@@ -322,13 +327,17 @@ def _agglomerate(space: PartitionSpace, score: Score) -> Partition:
     """Start from single heads; unite the two groups whose union adds least cost until G are left."""
     groups: list[Group] = [(head,) for head in range(space.base_kv_heads)]
     while len(groups) > space.num_groups:
-        pairs = [pair for pair in combinations(groups, 2) if len(pair[0]) + len(pair[1]) <= space.greatest]
+        pairs = []
+        for first, second in combinations(groups, 2):
+            if len(first) + len(second) <= space.greatest:
+                pairs.append((first, second))
         if not pairs:
             # Every union would be too large, e.g. five groups of four under a cap of six.
             return _dissolve(space, groups, score)
         first, second = pairs[_argmin(_union_costs(pairs, score))]
-        groups = [group for group in groups if group not in (first, second)]
-        groups.append(tuple(sorted(first + second)))
+        groups.remove(first)
+        groups.remove(second)
+        groups.append(_united(first, second))
     return tuple(sorted(groups))
 
 
@@ -336,10 +345,10 @@ def _dissolve(space: PartitionSpace, groups: Sequence[Group], score: Score) -> P
     """Keep the G largest groups and hand out the heads of the others, each where it adds least cost."""
     by_size = sorted(groups, key=lambda group: (-len(group), group))
     kept, dissolved = by_size[: space.num_groups], by_size[space.num_groups :]
-    for head in sorted(head for group in dissolved for head in group):
+    for head in sorted(chain.from_iterable(dissolved)):
         pairs = [(group, (head,)) for group in kept if len(group) < space.greatest]
-        group = pairs[_argmin(_union_costs(pairs, score))][0]
-        kept[kept.index(group)] = _with(group, head)
+        group, _ = pairs[_argmin(_union_costs(pairs, score))]
+        kept[kept.index(group)] = _united(group, (head,))
     return tuple(sorted(kept))
 
 
@@ -347,29 +356,33 @@ def _union_costs(pairs: Sequence[tuple[Group, Group]], score: Score) -> list[flo
     """What uniting each pair of groups adds to the summed cost."""
     costs = []
     for first, second in pairs:
-        union, alone, other = score([tuple(sorted(first + second)), first, second])
+        union, alone, other = score([_united(first, second), first, second])
         costs.append(union - alone - other)
     return costs
 
 
-# ----------------------------------------------------------------------------------------------- ties and small steps
-
-
-def _choose(space: PartitionSpace, candidates: Sequence[Partition], score: Score, tolerance: float) -> Partition:
+def _cheapest(space: PartitionSpace, candidates: Sequence[Partition], score: Score, tolerance: float) -> Partition:
     """The cheapest candidate. Ties go to the neighbour partition, then to the first in order of groups."""
-    totals = [_total(partition, score) for partition in candidates]
+    totals = _totals(candidates, score)
     limit = min(totals) + tolerance
     tied = [partition for total, partition in zip(totals, candidates, strict=True) if total <= limit]
-    return space.neighbour if space.neighbour in tied else min(tied)
+    if space.neighbour in tied:
+        return space.neighbour
+    return min(tied)
 
 
 def _tolerance(partitions: Sequence[Partition], score: Score) -> float:
-    score([group for partition in partitions for group in partition])  # all in one round of batches
-    return RELATIVE_TOLERANCE * max(abs(_total(partition, score)) for partition in partitions)
+    """What summed costs may differ by and still be the same."""
+    return RELATIVE_TOLERANCE * max(map(abs, _totals(partitions, score)))
 
 
-def _total(partition: Partition, score: Score) -> float:
-    return math.fsum(score(partition))
+def _totals(partitions: Sequence[Partition], score: Score) -> list[float]:
+    """Summed cost of each partition, with all groups in one round of batches."""
+    costs = iter(score(list(chain.from_iterable(partitions))))
+    totals = []
+    for partition in partitions:
+        totals.append(math.fsum(islice(costs, len(partition))))
+    return totals
 
 
 def _ranked(partitions: Sequence[Partition], values: Sequence[float], tolerance: float) -> list[Partition]:
@@ -385,5 +398,5 @@ def _argmin(values: Sequence[float]) -> int:
     return next(index for index, value in enumerate(values) if value <= limit)
 
 
-def _with(group: Group, head: int) -> Group:
-    return tuple(sorted((*group, head)))
+def _united(first: Group, second: Group) -> Group:
+    return tuple(sorted(first + second))
