@@ -232,6 +232,7 @@ class Walk:
                 symmetric=config.grouping == "symmetric",
                 seed=config.seed,
                 pair_costs=principal if known else pair_costs(moments, config.criterion, config.merge),
+                exact_pairs=self.shared_shape.head_dim == shape.head_dim,
             )
             return found.partition, found.cost, found.neighbour_cost
         partition = self.tuner.head_groups(self.adapter).layers[index]

@@ -53,8 +53,11 @@ def merge_layer(
 
 def rules_for(merge: Merge, base: HeadShape) -> tuple[MergeRule, MergeRule]:
     """The merges of keys and of values: the mean where their basis is fixed."""
-    key_rule = MERGES[merge] if base.free_keys else MERGES["mean"]
-    value_rule = MERGES[merge] if base.free_values else MERGES["mean"]
+    key_rule = value_rule = MERGES[merge]
+    if not base.free_keys:
+        key_rule = MERGES["mean"]
+    if not base.free_values:
+        value_rule = MERGES["mean"]
     return key_rule, value_rule
 
 
@@ -77,20 +80,21 @@ def _with_keys(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, weigh
 
     def maps(group: Group) -> tuple[Maps, Maps | None]:
         members = torch.tensor([group], device=moments.key_gram.device)
-        rotary = rule.key_maps(*moments.key_blocks(members), shape.frequencies)
+        rotary = _of_one_group(rule.key_maps(*moments.key_blocks(members), shape.frequencies), key.device)
         if not base.pass_dim:
             return rotary, None
-        return rotary, rule.vector_maps(*moments.pass_blocks(members), shape.pass_sources)
+        passing = rule.vector_maps(*moments.pass_blocks(members), shape.pass_sources)
+        return rotary, _of_one_group(passing, key.device)
 
     rows = []
     for group, (rotary, passing) in zip(heads.partition, map_in_threads(maps, heads.partition), strict=True):
         queries = query_heads(group, base.queries_per_kv)
-        encode, decode = (found[0].to(key.device) for found in rotary)
+        encode, decode = rotary
         shared = [*_encode_rotary(key[list(group), : base.rotary_dim], encode, shape)]
         # Re(q conj(b s)) = Re(q conj(b) conj(s)): the query's gain is conj(b).
         query_gain[queries] = decode.conj().T.repeat_interleave(base.queries_per_kv, 0)
         if passing is not None:
-            encode, decode = (found[0].to(key.device) for found in passing)
+            encode, decode = passing
             shared.append(encode @ key[list(group), base.rotary_dim :].flatten(0, 1))
             # q . (B s) = (B^T q) . s: the query's mix is B^T.
             mix = decode.unflatten(0, (len(group), base.pass_dim)).mT
@@ -114,11 +118,10 @@ def _with_values(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, wei
 
     def maps(group: Group) -> Maps:
         members = torch.tensor([group], device=moments.value_cov.device)
-        return rule.vector_maps(*moments.value_blocks(members), shape.value_sources)
+        return _of_one_group(rule.vector_maps(*moments.value_blocks(members), shape.value_sources), value.device)
 
     rows = []
-    for group, found in zip(heads.partition, map_in_threads(maps, heads.partition), strict=True):
-        encode, decode = (tensor[0].to(value.device) for tensor in found)
+    for group, (encode, decode) in zip(heads.partition, map_in_threads(maps, heads.partition), strict=True):
         rows.append(encode @ value[list(group)].flatten(0, 1))
         # v = B s: the value's mix is B.
         mix = decode.unflatten(0, (len(group), base.head_dim))
@@ -127,10 +130,17 @@ def _with_values(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, wei
     return replace(heads, value=weight, value_bias=bias, value_mix=value_mix)
 
 
+def _of_one_group(maps: Maps, device: torch.device) -> Maps:
+    """Encode and decode of the only group of a batch, on the weights' device."""
+    encode, decode = maps
+    return encode[0].to(device), decode[0].to(device)
+
+
 def _rows_of_heads(weight: Tensor, bias: Tensor | None, shape: HeadShape) -> Tensor:
     """(K D, E) and (K D,) -> (K, D, E + 1) float64: a bias is one more column and follows every change of basis."""
-    columns = [weight] if bias is None else [weight, bias.unsqueeze(1)]
-    return torch.cat(columns, dim=1).double().unflatten(0, (shape.base_kv_heads, shape.head_dim))
+    if bias is not None:
+        weight = torch.cat((weight, bias.unsqueeze(1)), dim=1)
+    return weight.double().unflatten(0, (shape.base_kv_heads, shape.head_dim))
 
 
 def _encode_rotary(key: Tensor, encode: Tensor, shape: SharedShape) -> tuple[Tensor, Tensor]:

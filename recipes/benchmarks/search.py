@@ -28,14 +28,14 @@ def main() -> None:
     start = time.perf_counter()
     pairs = pair_costs(moments, "residual", "principal")
     paired = time.perf_counter()
-    shared = SharedShape.of_width(shape)
+    shared = SharedShape.of_width(shape, args.width)
     cap = default_max_group_size(args.heads, args.heads, args.groups)
     rows = []
     for grouping in ("symmetric", "asymmetric"):
         costs = partial(group_costs, moments, shape=shared, criterion="residual", merge="principal")
         begin = time.perf_counter()
-        equal_sizes = grouping == "symmetric"
-        found = search_partition(costs, args.heads, args.groups, cap, equal_sizes, args.seed, pairs)
+        equal_sizes, exact_pairs = grouping == "symmetric", shared.head_dim == args.head_dim
+        found = search_partition(costs, args.heads, args.groups, cap, equal_sizes, args.seed, pairs, exact_pairs)
         rows.append(
             {
                 "grouping": grouping,
@@ -71,6 +71,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, default=32, help="K, KV heads")
     parser.add_argument("--head-dim", type=int, default=128, help="D")
+    parser.add_argument("--width", type=int, help="W, dimensions of a shared head; default D")
     parser.add_argument("--groups", type=int, default=8, help="G")
     parser.add_argument("--tokens", type=int, default=2048, help="random tokens of statistics")
     parser.add_argument("--seed", type=int, default=0)
