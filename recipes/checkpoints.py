@@ -19,7 +19,8 @@ from trl import SFTConfig
 BYTES_PER_PARAMETER = 16
 """Of a checkpoint per trained parameter: float32 weights, AdamW's two moments, and the second copy FSDP writes."""
 
-_OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")  # one device or DDP, FSDP, DeepSpeed
+# How one device or DDP, FSDP and DeepSpeed call it.
+_OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
 _ZIPPED = (".pt", ".pth", ".bin")
 
 
@@ -80,11 +81,14 @@ def checkpoint_bytes(training: SFTConfig, trained_parameters: int) -> int:
     saves = training.num_train_epochs
     if training.save_strategy == SaveStrategy.STEPS:
         if training.max_steps <= 0:
-            saves = 1  # a lower bound: the data decide
+            # A lower bound: how many there will be depends on the data.
+            saves = 1
         elif training.save_steps >= 1:
             saves = training.max_steps / training.save_steps
-        else:  # a share of all steps
+        else:
+            # A share of all steps.
             saves = 1 / training.save_steps
+    # While one is written, one more than the limit lies there.
     kept = min(math.ceil(saves), (training.save_total_limit or math.inf) + 1)
     return kept * BYTES_PER_PARAMETER * trained_parameters
 
@@ -149,6 +153,7 @@ def _is_complete(file: Path) -> bool:
         try:
             json.loads(file.read_text(encoding="utf-8"))
             return True
-        except ValueError:  # also for half a character
+        # Where a character of several bytes is cut, reading raises one of these, too.
+        except ValueError:
             return False
     return file.suffix not in _ZIPPED or zipfile.is_zipfile(file)

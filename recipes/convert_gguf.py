@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
         except NotImplementedError:
             return args.pre_tokenizer
 
+    # The converter has no option for it.
     TextModel.get_vocab_base_pre = recognise_or_believe
+    # It reads its arguments from there.
     sys.argv = ["convert_hf_to_gguf.py", *args.converter]
     convert_hf_to_gguf.main()
 

@@ -10,8 +10,8 @@ fail() {
 
 find_python() {
     local candidate
-    for candidate in "${PYTHON3:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
-        if [[ -n $candidate ]] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    for candidate in "${PYTHON3:-}" python3 python3.13 python3.12 python3.11 python; do
+        if [[ -n $candidate ]] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
@@ -24,7 +24,7 @@ make_environment() {
     local stamp=$folder/installed-$extra
     PYTHON=$folder/bin/python
     [[ -e $stamp && ! pyproject.toml -nt $stamp ]] && return
-    python=$(find_python) || fail "Python 3.10 or newer is needed: install it (Debian/Ubuntu: apt-get install python3" \
+    python=$(find_python) || fail "Python 3.11 or newer is needed: install it (Debian/Ubuntu: apt-get install python3" \
         "python3-venv; macOS: brew install python), or name one with PYTHON3=/path/to/python3."
     echo "$0: installing into $folder (some minutes, once)"
     if [[ ! -x $PYTHON ]]; then
@@ -35,9 +35,9 @@ make_environment() {
         "apt-get install python3-venv), remove $folder and try again."
     # torch first: the resolver then keeps it, and does not fetch another build along the way.
     "$PYTHON" -m pip install --quiet "torch==2.13.0" || fail "torch 2.13.0 could not be installed: it needs a 64-bit" \
-        "Python 3.10 to 3.14 and the package index; this is $("$PYTHON" -VV | head -1)."
+        "Python 3.11 to 3.14 and the package index; this is $("$PYTHON" -VV | head -1)."
     "$PYTHON" -m pip install --quiet --editable ".[$extra]" || fail "installing the package failed, see above. If pip" \
-        "wants to compile something, it found no wheel for this Python: take 3.10 to 3.13, or install a compiler" \
+        "wants to compile something, it found no wheel for this Python: take 3.11 to 3.13, or install a compiler" \
         "(Debian/Ubuntu: apt-get install build-essential python3-dev)."
     touch "$stamp"
 }

@@ -56,6 +56,7 @@ class Cells:
         """The cell's result, measured if no file has it; a reader never sees half a file."""
         name = "-".join(str(value).replace(",", "").replace(" ", "_").replace(":", "to") for value in key.values())
         path = self.folder / f"{name}.json"
+        # Another process may have measured it meanwhile, or an earlier run.
         if not path.exists():
             cell = {**key, **measure()}
             save_json(path, cell)
@@ -96,6 +97,7 @@ def train(
                 learning_rate=learning_rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=max(1, steps // 20),
+                # The rows are cut already, and have labels of their own.
                 max_length=None,
                 gradient_checkpointing=False,
                 dataset_kwargs={"skip_prepare_dataset": True},

@@ -17,6 +17,7 @@ def check_writable(folder: str | Path) -> Path:
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        # A full disk shows only when something is written.
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(os.urandom(1 << 20))
             probe.flush()
@@ -60,6 +61,7 @@ def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
     if folder.exists():
         if not overwrite:
             raise SystemExit(f"--output {folder} exists: --overwrite replaces it.")
+        # A folder of something else is never removed, whatever the options say.
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise SystemExit(f"--output {folder} holds no model: it is not replaced, choose another folder.")
     with ExitStack() as stack:

@@ -44,6 +44,7 @@ def draw(args: argparse.Namespace) -> list[Path]:
         return [*quality, *draw_heads(initialise_bundled_model(), args.layer, args.output)]
     report = args.report and InitializationReport.load(args.report)
     points = args.quality and read_points(args.quality)
+    # A name that is given twice would hide the first of its files.
     curves = {name: read_log_history(path) for name, path in args.losses}
     if len(curves) < len(args.losses):
         raise ValueError(f"--losses: {len(args.losses)} files have {len(curves)} names: give each its own.")

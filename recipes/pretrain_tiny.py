@@ -60,10 +60,12 @@ RECIPES = Path(__file__).resolve().parent
 PIECE_CHARACTERS = 50_000
 HELD_OUT_SHARE, VALIDATION_SHARE = 0.04, 0.02
 
-AVERAGED_HEADS = 4  # KV heads averaged into one to show that they differ
+# KV heads averaged into one to show that they differ.
+AVERAGED_HEADS = 4
 
 WARMUP_SHARE = 0.03
-BENCHMARK_STEPS = (20, 60)  # the steps between which the speed is measured; compilation is over by the first
+# The steps between which the speed is measured; compilation is over by the first.
+BENCHMARK_STEPS = (20, 60)
 EVALUATIONS = 25
 
 
@@ -218,7 +220,8 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    with torch.no_grad():  # as in GPT-2: the residual stream's variance must not grow with depth
+    # As in GPT-2: the residual stream's variance must not grow with depth.
+    with torch.no_grad():
         for projection in residual_projections(model):
             projection.weight.div_(math.sqrt(2 * args.layers))
     return model
@@ -250,6 +253,7 @@ def training_batches(
     if len(ids) < (batch_size + 1) * block_size:
         raise ValueError(f"{len(ids)} training tokens do not fill one step; lower --batch-size or --block-size")
     while True:
+        # Another offset in every epoch: no token always stands at the same place of its block.
         offset = int(torch.randint(block_size, (1,), generator=generator))
         count = (len(ids) - offset) // block_size
         blocks = ids[offset : offset + count * block_size].view(count, block_size)
@@ -302,7 +306,8 @@ def train(
     batches = training_batches(ids, args.block_size, args.batch_size, torch.Generator().manual_seed(args.seed))
     step_tokens = args.batch_size * args.block_size
     steps = max(1, round(args.tokens / step_tokens))
-    losses: list[torch.Tensor] = []  # left on the device: reading a loss each step would stall it
+    # Left on the device: reading a loss each step would stall it.
+    losses: list[torch.Tensor] = []
     best_perplexity, best_step, best_weights = math.inf, 0, {}
     step, start = 0, time.perf_counter()
     while step < steps:
@@ -310,12 +315,14 @@ def train(
         losses.append(training_step(model, loss_of, optimizer, next(batches), factor * args.learning_rate))
         step += 1
         if step in BENCHMARK_STEPS:
-            losses[-1].item()  # wait for the device
+            # Wait for the device.
+            losses[-1].item()
             if step == BENCHMARK_STEPS[0]:
                 benchmark = time.perf_counter()
             else:
                 steps = affordable_steps(steps, start, benchmark, args.minutes)
         if step % max(1, steps // EVALUATIONS) == 0 or step == steps:
+            # The best weights so far are kept: with many epochs the last ones may have learnt the text by heart.
             value = perplexity(model, validation, args.batch_size)
             if value < best_perplexity:
                 best_perplexity, best_step = value, step
@@ -330,7 +337,8 @@ def train(
     seconds = time.perf_counter() - start
     for handle in handles:
         handle.remove()
-    model.load_state_dict(best_weights, strict=False)  # not strict: the tied output layer is no parameter of its own
+    # Not strict: the tied output layer is no parameter of its own.
+    model.load_state_dict(best_weights, strict=False)
     tokens = steps * step_tokens
     return TrainingRecord(steps, tokens, tokens / len(ids), best_step, best_perplexity, seconds, tokens / seconds)
 
@@ -372,7 +380,8 @@ def perplexity(model: LlamaForCausalLM, blocks: torch.LongTensor, batch_size: in
     training = model.training
     model.eval()
     total = 0.0
-    with torch.compiler.set_stance("force_eager"):  # another precision: not worth compiling again
+    # Another precision: not worth compiling again.
+    with torch.compiler.set_stance("force_eager"):
         for batch in blocks.split(batch_size):
             hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state
             total += next_token_loss(hidden, model.lm_head.weight, batch).item() * len(batch)
@@ -391,6 +400,7 @@ def average_neighbour_heads(model: LlamaForCausalLM, heads_per_group: int) -> Ll
     head_dim = merged.config.head_dim
     for layer in merged.model.layers:
         for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            # Every head of a run gets the run's mean, which computes the same as one shared head.
             heads = projection.weight.view(-1, heads_per_group, head_dim, projection.in_features)  # (G, K/G, D, E)
             projection.weight.copy_(heads.mean(1, keepdim=True).expand_as(heads).reshape_as(projection.weight))
     return merged
@@ -401,6 +411,7 @@ def measure(out: Path, corpus: Corpus, args: argparse.Namespace, device: torch.d
     model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).to(device)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     blocks = stdlib_text.token_blocks(corpus.held_out, tokenizer, args.block_size).to(device)
+    # Bits per byte can be compared across tokenizers.
     tokens_per_byte = blocks.numel() / sum(len(tokenizer.decode(block).encode()) for block in blocks)
     value = perplexity(model, blocks, args.batch_size)
     return Measurement(

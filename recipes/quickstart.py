@@ -31,7 +31,8 @@ RECIPES = Path(__file__).parent
 CLASSIC = "classic GQA (neighbour, mean, SFT)"
 OURS = "asymmetric, principal, refit, distilled"
 FOLDERS = {CLASSIC: "classic", OURS: "plain"}
-LEARNING_RATES = {CLASSIC: 2e-3, OURS: 5e-4}  # LoRA's; each the best of three on validation modules
+# Of LoRA's weights; each is the best of three on the validation modules.
+LEARNING_RATES = {CLASSIC: 2e-3, OURS: 5e-4}
 
 
 def main() -> None:
@@ -42,6 +43,7 @@ def main() -> None:
     calibration = token_blocks(validation_texts(), tokenizer, args.block_size)
     calibration = shuffled(calibration, args.seed)[: args.calibration_blocks]
     held_out = token_blocks(held_out_texts(), tokenizer, args.block_size)
+    # Every n-th block, so that a part of the held-out text still covers all of its modules.
     held_out = held_out[:: -(-len(held_out) // args.held_out_blocks)].contiguous()
     args.output.mkdir(parents=True, exist_ok=True)
     held_out_file = args.output / "held_out.safetensors"
@@ -72,7 +74,8 @@ def main() -> None:
 def wrap(arm: str, args: argparse.Namespace) -> torch.nn.Module:
     """The bundled model as a PeftModel with one shared K/V head for four."""
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    choices = {}  # ours are the defaults
+    # Ours are the defaults.
+    choices = {}
     if arm == CLASSIC:
         choices = {"grouping": "neighbour", "merge": "mean"}
     config = AsymGQAConfig(
@@ -88,6 +91,7 @@ def wrap(arm: str, args: argparse.Namespace) -> torch.nn.Module:
 
 def recover(model, tokenizer, blocks: torch.Tensor, arm: str, args: argparse.Namespace) -> None:
     """The same few steps for both arms; ours learns from its own base, classic GQA from the text."""
+    # Shorter than the blocks: as many tokens in more, cheaper sequences.
     sequences = blocks.reshape(-1, args.train_length)[: args.steps * args.batch_size]
     trainer = AsymGQATrainer(
         model=model,
@@ -116,6 +120,7 @@ def recover(model, tokenizer, blocks: torch.Tensor, arm: str, args: argparse.Nam
 
 def serve(model: Path | str, held_out_file: Path) -> dict:
     """Measure a plain checkpoint in a process that never imports this package."""
+    # A process of its own, so that nothing of this package is loaded there.
     command = [sys.executable, str(RECIPES / "serve_plain.py"), str(model), "--blocks", str(held_out_file)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -95,6 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     with in_one_line(model_called(args.model_name_or_path)):
         needed = bytes_to_write(args, training)
     check_space(output, needed - held_bytes(output))
+    # LoRA starts at random.
     set_seed(training.seed)
     # On return no model is left: the merge loads the base afresh, since a 4-bit or sharded one could not hold the
     # new heads.
@@ -125,7 +126,8 @@ def recover(args: ConversionArguments, training: SFTConfig, checkpoint: Path | N
     else:
         trainer = train(model, tokenizer, data.train, checkpoint, args, training)
         save_trained(trainer, output / "adapter", training)
-        model = trainer.model  # sharded by now, if the launch configuration says so
+        # The model may be sharded by now.
+        model = trainer.model
     recovered = perplexity(model, data.held_out.split(args.calibration_batch_size))
     rows.append({**rows[-1], "model": "recovered", "held-out perplexity": recovered})
     return rows
@@ -162,7 +164,8 @@ def bytes_to_write(args: ConversionArguments, training: SFTConfig) -> int:
         model = get_peft_model(base, adapter_config(args, training), low_cpu_mem_usage=True)
     trained, _ = model.get_nb_trainable_parameters()
     needed = 4 * trained + checkpoint_bytes(training, trained)
-    if args.hub_adapter_id:  # the copy that is pushed
+    if args.hub_adapter_id:
+        # The copy that is pushed.
         needed += 4 * trained
     if args.save_plain or args.hub_merged_id:
         dtype = config.dtype or torch.float32
@@ -175,6 +178,7 @@ def bytes_to_write(args: ConversionArguments, training: SFTConfig) -> int:
 def initialise(args: ConversionArguments, training: SFTConfig, data: Data) -> Start:
     """Wrap the base and initialise the adapter; each process reads its share of the calibration data."""
     model = get_peft_model(load_base(args, training), adapter_config(args, training))
+    # The ranks' statistics are summed: together they read all batches once.
     batches = data.calibration.split(args.calibration_batch_size)[training.process_index :: training.world_size]
     report = initialize_asymgqa_weights(model, batches, progress=training.process_index == 0)
     held_out = data.held_out.split(args.calibration_batch_size)
@@ -202,7 +206,9 @@ def resume(checkpoint: Path, args: ConversionArguments, training: SFTConfig) -> 
                 f"{checkpoint} was trained with {name}={before!r}, now it is {now!r}: set it back, or start anew in "
                 "another --output_dir."
             )
+    # Groups and shared heads are in the checkpoint.
     model = PeftModel.from_pretrained(load_base(args, training), checkpoint, is_trainable=True)
+    # Base and initialised: a run that was killed after its end has a third row, which is measured anew.
     rows = json.loads((run / EVALUATION).read_text(encoding="utf-8"))[:2]
     return model, InitializationReport.load(run / INITIALIZATION), rows
 
@@ -220,8 +226,8 @@ def train(
         temperature=args.temperature,
         kv_learning_rate_scale=args.kv_learning_rate_scale,
     )
-    # Else neither checkpoints nor save_model would hold the adapter.
     if trainer.is_fsdp_enabled:
+        # Else neither checkpoints nor save_model would hold the adapter.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return trainer
@@ -290,6 +296,7 @@ def load_base(args: ConversionArguments, training: SFTConfig) -> torch.nn.Module
     model = AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path, quantization_config=quantization, device_map={"": training.device}
     )
+    # Norms in float32, gradients to the inputs: what PEFT advises for a quantised base.
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
 
 
@@ -319,6 +326,7 @@ def load_data(args: ConversionArguments, training: SFTConfig, tokenizer) -> Data
     held_out = max(1, int(len(rows) * args.held_out_fraction))
     if held_out >= len(rows):
         raise ValueError(f"dataset={args.dataset!r} has {len(rows)} rows: too few to hold one out and train.")
+    # The last rows are held out: calibration and training never see them.
     kept, rest = rows.select(range(len(rows) - held_out)), rows.select(range(len(rows) - held_out, len(rows)))
     wanted = args.calibration_tokens // training.max_length
     calibration = into_blocks(tokens_of(kept, training, tokenizer), training.max_length, wanted)
@@ -347,6 +355,7 @@ def into_blocks(documents: Iterable[list[int]], size: int, count: int | None = N
     """Concatenate documents and cut (N, size) blocks, `count` at most."""
     tokens: list[int] = []
     for document in documents:
+        # Stops as soon as there are enough: a large data set is not tokenised whole.
         tokens += document
         if count is not None and len(tokens) >= count * size:
             break

@@ -53,6 +53,7 @@ def main() -> None:
     blocks = load_file(args.blocks)["blocks"]
     prompts = blocks[: args.batch_size, : blocks.shape[1] - args.new_tokens]
     speed, cache = decode(model, prompts, args.new_tokens)
+    # The point of this script.
     assert "asymgqa_peft" not in sys.modules
     bytes_per_token = 0
     for layer in cache.layers:

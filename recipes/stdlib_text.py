@@ -62,7 +62,8 @@ VALIDATION_TOPICS = ("binary", "operator-summary", "raise", "string-methods")
 
 # `encodings` is generated character tables; `pydoc_data` holds the topics as one escaped literal, read below as prose.
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "encodings", "idle_test", "pydoc_data", "test", "tests"})
-_SKIPPED_PREFIX = "_sysconfigdata"  # build settings of one machine, paths included
+# Build settings of one machine, paths included.
+_SKIPPED_PREFIX = "_sysconfigdata"
 
 
 def training_texts(stdlib: str | Path | None = None) -> list[str]:
@@ -149,14 +150,16 @@ def _source_files(root: Path) -> list[Path]:
 
 
 def _read_source(path: Path) -> str:
-    with tokenize.open(path) as file:  # honours the file's own encoding declaration
+    # It honours the file's own encoding declaration.
+    with tokenize.open(path) as file:
         return file.read()
 
 
 def _read_or_none(path: Path) -> str | None:
     try:
         return _read_source(path)
-    except (SyntaxError, UnicodeDecodeError):  # tokenize reports a bad encoding declaration as SyntaxError
+    # A bad encoding declaration is a SyntaxError to tokenize.
+    except (SyntaxError, UnicodeDecodeError):
         return None
 
 

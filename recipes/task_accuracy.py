@@ -76,6 +76,7 @@ class Examples:
         found = []
         for start in range(0, len(self.prompts), size):
             prompts = [torch.tensor(prompt) for prompt in self.prompts[start : start + size]]
+            # -1 is no token, so that the mask can be told from the padded ids.
             ids = pad_sequence(prompts, batch_first=True, padding_value=-1)
             found.append({"input_ids": ids.masked_fill(ids < 0, pad), "attention_mask": (ids >= 0).long()})
         return found
@@ -128,6 +129,7 @@ def tokenised(rows: list[tuple[str, int]], tokenizer: PreTrainedTokenizerBase) -
     """Sentences with the question after them; every example starts with the end-of-text token."""
     bad, good = tokenizer(list(ANSWERS), add_special_tokens=False).input_ids
     answers = (bad[0], good[0])
+    # The model answers with one token, so that the first ones must differ.
     if answers[0] == answers[1]:
         raise ValueError(
             f"the tokenizer begins {ANSWERS[0]!r} and {ANSWERS[1]!r} with the same token: change ANSWERS."
@@ -158,6 +160,7 @@ class Task:
             steps = math.ceil(len(rows) * args.epochs / args.batch_size)
             options = {"steps": steps, "batch_size": args.batch_size, "learning_rate": args.fine_tuning_rate}
             train(model, self.tokenizer, rows, seed=seed, group_by_length=True, **options)
+            # Whole or not at all: a run that goes on takes what it finds.
             with replacing(folder, overwrite=False) as beside:
                 model.save_pretrained(beside)
         return folder
@@ -205,6 +208,7 @@ def accuracy(model: torch.nn.Module, examples: Examples, tokenizer: PreTrainedTo
     guesses = []
     for batch in examples.batches(256, tokenizer.pad_token_id):
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        # Prompts are padded on the right.
         last = mask.sum(1) - 1
         logits = model(input_ids=ids, attention_mask=mask).logits[torch.arange(len(last), device=device), last]
         guesses.append(logits[:, examples.answers].argmax(1).cpu())
@@ -215,13 +219,15 @@ def summary(cells: list[dict]) -> list[dict]:
     """One row per ratio and arm: mean accuracy and largest deviation over seeds, a column per number of examples."""
     groups: dict[tuple, dict[int, list[float]]] = {}
     for cell in cells:
+        # (ratio, arm) -> number of examples -> one accuracy per seed.
         groups.setdefault((cell["ratio"], cell["arm"]), {}).setdefault(cell["examples"], []).append(cell["accuracy"])
     counts = sorted({cell["examples"] for cell in cells if cell["arm"] != "MHA"})
     order = ["MHA", *ARMS]
     rows = []
     for ratio, arm in sorted(groups, key=lambda key: (key[0], order.index(key[1]))):
         results = groups[ratio, arm]
-        if arm == "MHA":  # one number, whatever the conversions recover on
+        if arm == "MHA":
+            # One number, whatever the conversions recover on.
             results = dict.fromkeys(counts, *results.values())
         row = {"ratio": ratio, "arm": arm}
         for count in counts:

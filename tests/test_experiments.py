@@ -63,6 +63,12 @@ def test_task_experiment_ends_in_a_table_and_goes_on_where_it_stopped(
     assert [row["arm"] for row in rows] == ["MHA", NEIGHBOUR, OURS]
 
 
+def test_a_wrong_folder_of_the_task_is_told_before_anything_is_loaded(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        task_accuracy.main(["--model", str(tmp_path / "none"), "--data", str(tmp_path)])
+    assert "holds no train.tsv" in capsys.readouterr().err
+
+
 def test_training_and_calibration_never_see_what_is_measured(model, sst2, tmp_path, few_set_aside, monkeypatch):
     seen, measured = [], []
     monkeypatch.setattr(

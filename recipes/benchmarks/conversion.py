@@ -28,19 +28,7 @@ from transformers import LlamaConfig
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kl_to_reference
 from asymgqa_peft.method.threads import map_in_threads
-from recipes.benchmarks.shapes import (
-    SHAPES,
-    ceilings,
-    default_device,
-    median_seconds,
-    peak_beyond,
-    plant_similar_heads,
-    print_checks,
-    random_llama,
-    reset_peak,
-    shape_config,
-    working_dtype,
-)
+from recipes.benchmarks import shapes
 from recipes.reporting import print_report
 
 SECONDS, SEARCH_SHARE, MEMORY = 75.0, 0.25, 8e9
@@ -50,18 +38,20 @@ SECONDS, SEARCH_SHARE, MEMORY = 75.0, 0.25, 8e9
 def main(arguments: list[str] | None = None) -> dict:
     """Convert, and print the table and the JSON line."""
     args = parse_args(arguments)
-    config = shape_config(args.shape, args.layers)
-    limits = ceilings(args.device)
+    config = shapes.shape_config(args.shape, args.layers)
+    limits = shapes.ceilings(args.device)
     model, seconds = build(config, args)
     print(f"a model of {config.num_hidden_layers} layers was made in {seconds:.1f} s", flush=True)
     unseen = torch.randint(config.vocab_size, (1, args.length), generator=torch.Generator().manual_seed(9))
+    # Until it is initialised the adapter holds classic GQA.
     before = kl_to_reference(model, model, [unseen])
     pieces = []
     if args.pieces:
         pieces = print_pieces(config, args)
     report, seconds, memory = convert(model, config, args)
     after = kl_to_reference(model, model, [unseen])
-    scale = SHAPES[args.shape]["num_hidden_layers"] / config.num_hidden_layers
+    # With --layers only a part was converted.
+    scale = shapes.SHAPES[args.shape]["num_hidden_layers"] / config.num_hidden_layers
     floors = floor_seconds(config, args, limits)
     rows = table(report.seconds, seconds, floors, config.num_hidden_layers, scale)
     total, search = rows[-1]["all layers, s"], report.seconds["search"] / seconds
@@ -74,7 +64,7 @@ def main(arguments: list[str] | None = None) -> dict:
         f"search at most {SEARCH_SHARE:.0%}": search <= SEARCH_SHARE,
         "at most 8 GB beyond the weights": memory is None or memory <= MEMORY,
     }
-    print_checks(checks)
+    shapes.print_checks(checks)
     result = {
         "ceilings": limits,
         "kl_classic": before,
@@ -97,8 +87,8 @@ def main(arguments: list[str] | None = None) -> dict:
 def build(config: LlamaConfig, args: argparse.Namespace):
     """The wrapped model, classic GQA until it is initialised, and the seconds it took."""
     start = time.perf_counter()
-    base = random_llama(config, args.device, working_dtype(args.device))
-    plant_similar_heads(base, sources=2 * args.groups)
+    base = shapes.random_llama(config, args.device, shapes.working_dtype(args.device))
+    shapes.plant_similar_heads(base, sources=2 * args.groups)
     adapter = AsymGQAConfig(num_key_value_heads=args.groups, r=args.rank, lora_alpha=args.rank, task_type="CAUSAL_LM")
     return get_peft_model(base, adapter), time.perf_counter() - start
 
@@ -107,10 +97,10 @@ def convert(model, config: LlamaConfig, args: argparse.Namespace):
     """Initialise; the report, seconds of wall time, and the peak of memory beyond what was allocated before."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (args.blocks, args.length), generator=generator)
-    before = reset_peak(args.device)
+    before = shapes.reset_peak(args.device)
     start = time.perf_counter()
     report = initialize_asymgqa_weights(model, tokens.split(args.batch_size), progress=False)
-    seconds, peak = time.perf_counter() - start, peak_beyond(before, args.device)
+    seconds, peak = time.perf_counter() - start, shapes.peak_beyond(before, args.device)
     if args.profile:
         print_profile(partial(initialize_asymgqa_weights, model, tokens.split(args.batch_size), progress=False), args)
     return report, seconds, peak
@@ -140,14 +130,17 @@ def print_pieces(config: LlamaConfig, args: argparse.Namespace) -> list[dict]:
         ("roots", heads, dim),
     ):
         random = torch.randn(count, size, size, dtype=torch.float64)
+        # Positive definite, as the second moments of a layer are.
         symmetric = random @ random.mT
         parts = symmetric.split(-(-count // torch.get_num_threads()))
         row = {"piece": f"{name}: eigenvalues of {count} x {size} x {size}"}
-        row["CPU threads, s"] = median_seconds(lambda p=parts: map_in_threads(torch.linalg.eigvalsh, p), "cpu", 1, 1)
+        row["CPU threads, s"] = shapes.median_seconds(
+            lambda p=parts: map_in_threads(torch.linalg.eigvalsh, p), "cpu", 1, 1
+        )
         if args.device == "cuda":
             for dtype in (torch.float64, torch.float32):
                 there = symmetric.to(args.device, dtype)
-                seconds = median_seconds(lambda m=there: torch.linalg.eigvalsh(m), args.device, 1, 1)
+                seconds = shapes.median_seconds(lambda m=there: torch.linalg.eigvalsh(m), args.device, 1, 1)
                 row[f"GPU {dtype}, s"] = seconds
         rows.append(row)
         print(row, flush=True)
@@ -162,7 +155,7 @@ def print_pieces(config: LlamaConfig, args: argparse.Namespace) -> list[dict]:
         f"QR of {queries} x {rank}": lambda: torch.linalg.qr(thin),
         f"to the CPU and back, {queries}": lambda: square.cpu().to(args.device),
     }.items():
-        rows.append({"piece": name, f"{args.device}, s": median_seconds(call, args.device, 3, 1)})
+        rows.append({"piece": name, f"{args.device}, s": shapes.median_seconds(call, args.device, 3, 1)})
         print(rows[-1], flush=True)
     return rows
 
@@ -173,8 +166,10 @@ def floor_seconds(config: LlamaConfig, args: argparse.Namespace, limits: dict[st
     queries = config.num_attention_heads * config.head_dim
     keys, groups = config.num_key_value_heads * config.head_dim, args.groups * config.head_dim
     forward_rate = limits.get("bfloat16 TFLOP/s", limits["float32 TFLOP/s"]) * 1e12
+    # The solve of the refit is in float64.
     exact_rate = limits["float64 TFLOP/s"] * 1e12
-    attention = 2 * args.length * queries  # causal: half of the scores, half of the weighted values
+    # Causal: half of the scores, half of the weighted values.
+    attention = 2 * args.length * queries
     mlp = 6 * width * config.intermediate_size
     outer = 2 * keys * keys + 4 * keys * config.num_key_value_heads * 2
     solve = 2 * queries**3 / 3 + 4 * queries**2 * width
@@ -192,6 +187,7 @@ def floor_seconds(config: LlamaConfig, args: argparse.Namespace, limits: dict[st
 
 def table(stages: dict[str, float], seconds: float, floors: dict[str, tuple], layers: int, scale: float) -> list[dict]:
     """A row per stage, what no stage covers, and the sum; `scale` extrapolates them to all layers of the shape."""
+    # What no stage covers is shown, too: nothing hides between them.
     stages = stages | {"between stages": seconds - sum(stages.values())}
     rows, floor = [], 0.0
     for stage, value in stages.items():
@@ -216,7 +212,7 @@ def table(stages: dict[str, float], seconds: float, floors: dict[str, tuple], la
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="llama-2-7b")
     parser.add_argument("--groups", type=int, default=8, help="G")
     parser.add_argument("--layers", type=int, help="convert only so many; times are extrapolated to all")
     parser.add_argument("--blocks", type=int, default=128, help="calibration blocks")
@@ -225,7 +221,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank, which bounds the refit")
     parser.add_argument("--profile", action="store_true", help="convert again and print what took longest")
     parser.add_argument("--pieces", action="store_true", help="time the linear algebra of a layer on its own")
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--device", default=shapes.default_device())
     return parser.parse_args(arguments)
 
 

@@ -43,16 +43,7 @@ from asymgqa_peft.adapter.layer import Slots
 from asymgqa_peft.attention import fold, register_grouped_sdpa
 from asymgqa_peft.groups import slot_layout
 from asymgqa_peft.tables import markdown_table
-from recipes.benchmarks.shapes import (
-    SHAPES,
-    ceilings,
-    default_device,
-    graph_seconds,
-    random_llama,
-    shape_config,
-    unequal_groups,
-    working_dtype,
-)
+from recipes.benchmarks import shapes
 from recipes.reporting import print_report
 
 PARTS = ("expansion", "attention", "model", "batch")
@@ -78,9 +69,9 @@ def main(arguments: list[str] | None = None) -> dict:
     """Run the parts asked for and print their tables and the JSON line."""
     args = parse_args(arguments)
     register_grouped_sdpa()
-    args.dtype = working_dtype(args.device)
-    config = shape_config(args.shape, args.layers)
-    limits = ceilings(args.device)
+    args.dtype = shapes.working_dtype(args.device)
+    config = shapes.shape_config(args.shape, args.layers)
+    limits = shapes.ceilings(args.device)
     results = {part: PART[part](config, args, limits) for part in args.only}
     for part, rows in results.items():
         if rows:
@@ -124,15 +115,18 @@ def attention_cell(config, args, limits, batch: int, context: int, arm: str, pat
     """Seconds of one call on a cold cache, its floor, and its error against float64."""
     kernel, form = path.split(", ")
     heads, dim = config.num_attention_heads, config.head_dim
-    kv_heads = kv_heads_of(arm, config, args)
+    kv_heads = args.groups
+    if arm == MHA:
+        kv_heads = heads
     partition = contiguous(heads, kv_heads)
     if arm in (ADAPTER, MERGED, EXPANDED):
-        partition = unequal_groups(heads, args.groups)
+        partition = shapes.unequal_groups(heads, args.groups)
     layout = slot_layout(partition, 1)
     slots = Slots(layout, args.device)
     bytes_read = 2 * batch * kv_heads * context * dim * args.dtype.itemsize
     copies = 1
-    if args.device == "cuda":  # together larger than the L2
+    if args.device == "cuda":
+        # So many that together they are larger than the L2: each call finds its cache cold.
         copies = max(1, math.ceil(COLD_BYTES / bytes_read))
     draw = partial(
         torch.randn,
@@ -145,7 +139,9 @@ def attention_cell(config, args, limits, batch: int, context: int, arm: str, pat
     for _ in range(copies):
         key, value = draw(batch, kv_heads, context, dim), draw(batch, kv_heads, context, dim)
         caches.append((key, value))
+    # Query head -> KV head, for the arm that repeats K and V.
     expanding = torch.tensor([slot // layout.slots_per_kv for slot in layout.slot_of_head], device=args.device)
+    # A merged model's own projection writes its queries into slots.
     padded = slots.scatter(query).transpose(1, 2).contiguous()
 
     def attend(key: Tensor, value: Tensor) -> Tensor:  # -> (B, 1, H or slots, D)
@@ -161,10 +157,11 @@ def attention_cell(config, args, limits, batch: int, context: int, arm: str, pat
     if kernel in KERNELS:
         chosen = sdpa_kernel(KERNELS[kernel])
     with chosen:
+        # A kernel that computes something else is not timed.
         error = relative_error(calls[0](), query, *caches[0], slots, expanding, gathered=arm != MERGED)
         if error > TOLERANCE[args.dtype]:
             raise WrongResult(f"relative error {error:.2g} against float64")
-        seconds = graph_seconds(calls, args.device)
+        seconds = shapes.graph_seconds(calls, args.device)
     floor = bytes_read / limits["copy GB/s"] / 1e9
     return {"us": seconds * 1e6, "floor, us": floor * 1e6, "error": error}
 
@@ -184,6 +181,7 @@ def contiguous(heads: int, kv_heads: int) -> list[list[int]]:
 def attention(query: Tensor, key: Tensor, value: Tensor, form: str) -> Tensor:
     """(B, slots, 1, D) against (B, kv_heads, S, D) -> (B, slots, 1, D), no mask, no expansion."""
     if form == "folded":
+        # The slots of a KV head become query positions, which no kernel expands.
         shape = query.shape
         return F.scaled_dot_product_attention(fold(query, key.shape[1]), key, value).reshape(shape)
     return F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
@@ -287,18 +285,18 @@ def model_part(config: LlamaConfig, args: argparse.Namespace, limits: dict[str, 
 def builders(config: LlamaConfig, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Arm -> a function that makes its model on the device."""
     heads = config.num_attention_heads
-    equal = shape_config(args.shape, args.layers, num_key_value_heads=args.groups)
+    equal = shapes.shape_config(args.shape, args.layers, num_key_value_heads=args.groups)
     lora = {"r": args.rank, "lora_alpha": args.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    partition = unequal_groups(config.num_key_value_heads, args.groups)
+    partition = shapes.unequal_groups(config.num_key_value_heads, args.groups)
     if heads != config.num_key_value_heads:
         raise SystemExit(f"--shape {args.shape} is no MHA model: the MHA arm needs one.")
     layers = [partition] * config.num_hidden_layers
     ours = AsymGQAConfig(num_key_value_heads=args.groups, head_groups=layers, **lora)
-    yield MHA, partial(random_llama, config, args.device, args.dtype)
-    yield EQUAL, partial(random_llama, equal, args.device, args.dtype)
-    yield EQUAL_LORA, lambda: get_peft_model(random_llama(equal, args.device, args.dtype), LoraConfig(**lora))
-    yield ADAPTER, lambda: get_peft_model(random_llama(config, args.device, args.dtype), ours)
-    yield MERGED, lambda: get_peft_model(random_llama(config, args.device, args.dtype), ours).merge_and_unload()
+    yield MHA, partial(shapes.random_llama, config, args.device, args.dtype)
+    yield EQUAL, partial(shapes.random_llama, equal, args.device, args.dtype)
+    yield EQUAL_LORA, lambda: get_peft_model(shapes.random_llama(equal, args.device, args.dtype), LoraConfig(**lora))
+    yield ADAPTER, lambda: get_peft_model(shapes.random_llama(config, args.device, args.dtype), ours)
+    yield MERGED, lambda: get_peft_model(shapes.random_llama(config, args.device, args.dtype), ours).merge_and_unload()
 
 
 @torch.no_grad()
@@ -315,6 +313,7 @@ def model_cell(model, config, args, limits, batch: int, context: int, arm: str, 
 
     def step() -> Tensor:
         for layer in cache.layers:
+            # Every step is the last one of the context.
             layer.cumulative_length.fill_(context - 1)
         return model(input_ids=token, past_key_values=cache, use_cache=True).logits
 
@@ -327,9 +326,10 @@ def model_cell(model, config, args, limits, batch: int, context: int, arm: str, 
         found["error to adapter"] = ((logits - adapter).abs().max() / adapter.abs().max()).item()
         if found["error to adapter"] > 5 * TOLERANCE[args.dtype]:
             raise WrongResult(f"adapter and merged differ by {found['error to adapter']:.2g}")
-    seconds = graph_seconds([step], args.device)
+    seconds = shapes.graph_seconds([step], args.device)
     cached = 2 * config.num_hidden_layers * batch * kv_heads * context * config.head_dim * args.dtype.itemsize
-    embedding = config.vocab_size * config.hidden_size * args.dtype.itemsize  # looked up, not read
+    # The embedding is looked up, not read.
+    embedding = config.vocab_size * config.hidden_size * args.dtype.itemsize
     floor = (weights - embedding + cached) / limits["copy GB/s"] / 1e9
     return {"us": seconds * 1e6, "floor, us": floor * 1e6, **found}
 
@@ -374,8 +374,8 @@ def expansion_part(_config: LlamaConfig, args: argparse.Namespace, _limits: dict
     for slots_per_kv in (6, 8):
         slots = 2 * slots_per_kv
         sizes = {"hidden_size": 8 * slots, "num_attention_heads": slots, "num_key_value_heads": 2, "head_dim": 64}
-        config = shape_config("tiny", 1, **sizes)
-        model = random_llama(config, args.device, args.dtype)
+        config = shapes.shape_config("tiny", 1, **sizes)
+        model = shapes.random_llama(config, args.device, args.dtype)
         implementations = ("eager", "sdpa", "flex_attention", "grouped_sdpa")
         for implementation, cache, padded in itertools.product(implementations, ("dynamic", "static"), (False, True)):
             row = {"slots": slots, "implementation": implementation, "cache": cache, "left padding": padded}
@@ -404,7 +404,8 @@ LENGTH, BATCH = 512, 2
 @torch.no_grad()
 def decoding_inputs(model, config: LlamaConfig, implementation: str, cache: str, padded: bool) -> dict:
     """Arguments of a decoding step after a prefill of LENGTH tokens."""
-    model.set_attn_implementation("sdpa")  # the prefill is not what is watched
+    # The prefill is not what is watched.
+    model.set_attn_implementation("sdpa")
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device=model.device)
     mask = torch.ones(BATCH, LENGTH + 1, dtype=torch.long, device=model.device)
     mask[0, : LENGTH // 4] = 0
@@ -414,6 +415,7 @@ def decoding_inputs(model, config: LlamaConfig, implementation: str, cache: str,
     prefill_mask = step_mask = None
     if padded:
         prefill_mask, step_mask = mask[:, :-1], mask
+    # Fills the cache.
     model(input_ids=ids, attention_mask=prefill_mask, past_key_values=held, use_cache=True)
     model.set_attn_implementation(implementation)
     return {"input_ids": ids[:, :1], "attention_mask": step_mask, "past_key_values": held, "use_cache": True}
@@ -423,7 +425,8 @@ def decoding_inputs(model, config: LlamaConfig, implementation: str, cache: str,
 def expands(model, config: LlamaConfig, implementation: str, cache: str, padded: bool) -> bool:
     """Whether some operation of a step writes as many elements as K or V have after the expansion."""
     inputs = decoding_inputs(model, config, implementation, cache, padded)
-    if implementation == "flex_attention":  # no dispatch mode sees into its kernel: look at what the kernel is given
+    if implementation == "flex_attention":
+        # No dispatch mode sees into its kernel: look at what the kernel is given.
         watched = mock.patch.object(flex_attention, "compile_friendly_flex_attention", side_effect=_Given)
         with watched as kernel, suppress(_Given):
             model(**inputs)
@@ -438,19 +441,19 @@ def expands(model, config: LlamaConfig, implementation: str, cache: str, padded:
 def expands_compiled(model, config: LlamaConfig, implementation: str, padded: bool) -> bool:
     """The same of the graph that torch.compile makes of the step, which takes other branches."""
     inputs = decoding_inputs(model, config, implementation, "static", padded)
-    shapes = []
+    written = []
 
     def record(graph, _examples):
         for node in graph.graph.nodes:
             value = node.meta.get("example_value")
             if isinstance(value, Tensor) and node.target in ("reshape", "contiguous", torch.repeat_interleave):
-                shapes.append(tuple(value.shape))
+                written.append(tuple(value.shape))
         return graph.forward
 
     torch._dynamo.reset()
     torch.compile(model, backend=record, fullgraph=True)(**inputs)
     torch._dynamo.reset()
-    for shape in shapes:
+    for shape in written:
         if len(shape) == 4:
             _, heads, positions, dim = shape
             if (heads, dim) == (config.num_attention_heads, config.head_dim) and positions >= LENGTH:
@@ -463,10 +466,10 @@ def expands_compiled(model, config: LlamaConfig, implementation: str, padded: bo
 
 def batch_part(config: LlamaConfig, args: argparse.Namespace, _limits: dict[str, float]) -> list[dict]:
     """Sequences of the longest context that fit beside the weights of all layers."""
-    full = shape_config(args.shape)
+    full = shapes.shape_config(args.shape)
     context, rows = max(args.contexts), []
     heads, largest_group = full.num_attention_heads, 0
-    for group in unequal_groups(full.num_key_value_heads, args.groups):
+    for group in shapes.unequal_groups(full.num_key_value_heads, args.groups):
         largest_group = max(largest_group, len(group))
     query_slots = {MHA: heads, EQUAL: heads, MERGED: args.groups * largest_group}
     for arm, queries in query_slots.items():
@@ -498,7 +501,8 @@ def largest_batch(config: LlamaConfig, kv_heads: int, context: int, weights: int
     fits, too_many = 0, 1
     while too_many - fits > 1 or allocates(config, kv_heads, context, too_many, args):
         middle = (fits + too_many) // 2
-        if too_many - fits <= 1:  # the bound itself fits: double it
+        if too_many - fits <= 1:
+            # The bound itself fits: double it.
             fits, too_many = too_many, 2 * too_many
         elif allocates(config, kv_heads, context, middle, args):
             fits = middle
@@ -544,13 +548,14 @@ def guarded(cell: Callable[..., dict], *args) -> dict:
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60]}"}
     finally:
-        release(default_device())
+        release(shapes.default_device())
 
 
 def release(device: str) -> None:
     """Give freed memory back."""
     gc.collect()
     if device == "cuda":
+        # What PyTorch holds back would count as taken.
         torch.cuda.empty_cache()
 
 
@@ -595,13 +600,13 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="llama-2-7b")
     parser.add_argument("--layers", type=int, default=4, help="layers of the models of the part 'model'")
     parser.add_argument("--groups", type=int, default=8, help="G")
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="B")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 32768], help="S")
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--device", default=shapes.default_device())
     return parser.parse_args(arguments)
 
 

@@ -28,16 +28,7 @@ from peft import PeftModel, get_peft_model
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.tables import markdown_table
-from recipes.benchmarks.shapes import (
-    default_device,
-    median_seconds,
-    peak_beyond,
-    plant_similar_heads,
-    random_llama,
-    reset_peak,
-    shape_config,
-    working_dtype,
-)
+from recipes.benchmarks import shapes
 from recipes.reporting import print_report
 
 STAGES = ("statistics", "targets", "search", "merge", "refit", "converted stream")
@@ -73,7 +64,8 @@ def main(arguments: list[str] | None = None) -> dict:
     """Measure every part asked for and print its table, and the exponents with the JSON line."""
     args = parse_args(arguments)
     sizes = SIZES[args.device]
-    convert(sizes, dict(sizes["at"]), args)  # the first conversion of a process also loads libraries
+    # The first conversion of a process also loads libraries.
+    convert(sizes, dict(sizes["at"]), args)
     runs, exponents, extra = {}, [], {}
     for axis in LARGEST_TERM:
         if axis not in args.only:
@@ -102,7 +94,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def wrapped(sizes: dict, point: dict, args: argparse.Namespace) -> PeftModel:
     """A model of the point's shape under an adapter, 4:1."""
-    config = shape_config(
+    config = shapes.shape_config(
         "tiny",
         point["layers"],
         hidden_size=sizes["hidden"],
@@ -111,8 +103,8 @@ def wrapped(sizes: dict, point: dict, args: argparse.Namespace) -> PeftModel:
         num_key_value_heads=point["heads"],
         head_dim=point["head_dim"],
     )
-    base = random_llama(config, args.device, working_dtype(args.device))
-    plant_similar_heads(base, sources=point["heads"] // 2)
+    base = shapes.random_llama(config, args.device, shapes.working_dtype(args.device))
+    shapes.plant_similar_heads(base, sources=point["heads"] // 2)
     groups = point["heads"] // 4
     return get_peft_model(base, AsymGQAConfig(num_key_value_heads=groups, r=args.rank, task_type="CAUSAL_LM"))
 
@@ -121,13 +113,14 @@ def convert(sizes: dict, point: dict, args: argparse.Namespace) -> dict:
     """One conversion: its point, seconds per stage and in all, and the bytes it needed beyond the model."""
     model = wrapped(sizes, point, args)
     tokens = torch.randint(128, (point["tokens"] // 512, 512), generator=torch.Generator().manual_seed(0))
-    before, start = reset_peak(args.device), time.perf_counter()
+    before, start = shapes.reset_peak(args.device), time.perf_counter()
     try:
         report = initialize_asymgqa_weights(model, tokens.split(8), progress=False)
     except torch.OutOfMemoryError:
         print(f"{point}: out of memory", flush=True)
         return point | {"total": math.nan}
-    seconds, peak = time.perf_counter() - start, peak_beyond(before, args.device)
+    seconds, peak = time.perf_counter() - start, shapes.peak_beyond(before, args.device)
+    # A benchmark of a conversion that finds nothing would say nothing.
     if sum(report.costs) > sum(report.neighbour_costs):
         raise SystemExit(f"{point}: the groups found cost more than neighbours.")
     row = dict(point)
@@ -163,6 +156,7 @@ FILE_COLUMNS = ("adapter, bytes", "wrapping, s", "loading, s")
 
 def files(sizes: dict, layers: int, args: argparse.Namespace) -> dict:
     """Bytes of the adapter file beside those of its tensors; seconds to wrap a base and to load the adapter on one."""
+    # All other sizes stay.
     point = sizes["at"] | {"layers": layers}
     start = time.perf_counter()
     model = wrapped(sizes, point, args)
@@ -192,7 +186,7 @@ def import_seconds() -> dict[str, float]:
         ("asymgqa_peft", "import asymgqa_peft"),
     ):
         start = partial(subprocess.run, [sys.executable, "-c", command], check=True, capture_output=True)
-        seconds[name] = median_seconds(start, "cpu", repeats=3, warmup=1)
+        seconds[name] = shapes.median_seconds(start, "cpu", repeats=3, warmup=1)
     return seconds
 
 
@@ -201,7 +195,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
-    parser.add_argument("--device", choices=SIZES, default=default_device())
+    parser.add_argument("--device", choices=SIZES, default=shapes.default_device())
     return parser.parse_args(arguments)
 
 

@@ -81,6 +81,7 @@ def convert(base, blocks, held_out, ratio: int, choices: dict, seed: int, args: 
     config = AsymGQAConfig(
         num_key_value_heads=groups, r=args.rank, lora_alpha=args.rank, seed=seed, task_type="CAUSAL_LM", **choices
     )
+    # Wrapping changes a model in place, and the next arm needs the base as it was.
     model = get_peft_model(copy.deepcopy(base), config)
     start = time.perf_counter()
     report = initialize_asymgqa_weights(model, blocks[chosen].split(args.batch_size), progress=False)

@@ -27,18 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from asymgqa_peft import AsymGQAConfig
 from asymgqa_peft.adapter.site import attention_sites
-from recipes.benchmarks.shapes import (
-    SHAPES,
-    ceilings,
-    default_device,
-    peak_beyond,
-    print_checks,
-    random_llama,
-    reset_peak,
-    shape_config,
-    synchronize,
-    unequal_groups,
-)
+from recipes.benchmarks import shapes
 from recipes.reporting import print_report
 
 RECIPES = Path(__file__).resolve().parents[1]
@@ -54,7 +43,7 @@ TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure every arm and print the table and the JSON line."""
     args = parse_args(arguments)
-    limits, rows = ceilings(args.device), []
+    limits, rows = shapes.ceilings(args.device), []
     base = load_base(args)
     inputs = torch.randint(base.config.vocab_size, (args.batch, args.length), device=args.device)
     error = layouts_differ(base, inputs[:1, :64], args)
@@ -65,6 +54,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
                 arms[name] = Arm(build(copy.deepcopy(base)), inputs, checkpointing, args.device)
             except torch.OutOfMemoryError:
                 print(f"{name}: out of memory", flush=True)
+        # Arms take turns: what slows the machine for a while slows all of them.
         for _ in range(args.steps):
             for arm in arms.values():
                 arm.measure()
@@ -72,9 +62,10 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         for name, arm in arms.items():
             rows.append(row(name, arm, arms[LORA], checkpointing, floors))
             print(rows[-1], flush=True)
+        # The next round's models need the memory.
         arms.clear()
     checks = within_limits(rows, LIMITS[args.device])
-    print_checks(checks)
+    shapes.print_checks(checks)
     print_report(rows, args.device, ceilings=limits, checks=checks, layouts_error=error, arguments=vars(args))
     return rows
 
@@ -82,7 +73,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 def load_base(args: argparse.Namespace) -> nn.Module:
     """The base in eval mode: a random Llama on a GPU, the bundled model on a CPU."""
     if args.device == "cuda":
-        return random_llama(shape_config(args.shape, args.layers), args.device, torch.bfloat16)
+        return shapes.random_llama(shapes.shape_config(args.shape, args.layers), args.device, torch.bfloat16)
     return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
 
 
@@ -90,7 +81,7 @@ def builders(config, args: argparse.Namespace) -> dict[str, Callable[[nn.Module]
     """Arm -> what wraps the base."""
     lora = {"r": args.rank, "lora_alpha": args.rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     groups = args.groups or config.num_key_value_heads // 4
-    partition = unequal_groups(config.num_key_value_heads, groups)
+    partition = shapes.unequal_groups(config.num_key_value_heads, groups)
     equal = AsymGQAConfig(num_key_value_heads=groups, **lora)
     unequal = AsymGQAConfig(num_key_value_heads=groups, head_groups=[partition] * config.num_hidden_layers, **lora)
     return {
@@ -137,10 +128,11 @@ class Arm:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
         self.forwards, self.steps = [], []
         own = sum(p.numel() * p.itemsize for p in model.parameters())
-        before = reset_peak(device)
+        before = shapes.reset_peak(device)
+        # The first of each loads kernels and makes the optimizer's moments: it sets the peak, not the time.
         self.forward()
         self.step()
-        self.peak = peak_beyond(before, device)
+        self.peak = shapes.peak_beyond(before, device)
         if self.peak is not None:
             self.peak += own
         self.trainable = sum(parameter.numel() for parameter in trained)
@@ -159,10 +151,10 @@ class Arm:
     def measure(self) -> None:
         """Time one of each."""
         for call, seconds in ((self.forward, self.forwards), (self.step, self.steps)):
-            synchronize(self.device)
+            shapes.synchronize(self.device)
             start = time.perf_counter()
             call()
-            synchronize(self.device)
+            shapes.synchronize(self.device)
             seconds.append(time.perf_counter() - start)
 
 
@@ -174,7 +166,8 @@ def floor_seconds(base: nn.Module, inputs: torch.Tensor, checkpointing: bool, li
     backbone, head = 2 * tokens * (products + attention), 2 * tokens * config.hidden_size * config.vocab_size
     rate = limits.get("bfloat16 TFLOP/s", limits["float32 TFLOP/s"]) * 1e12
     passes = 2
-    if checkpointing:  # the forward is run again
+    if checkpointing:
+        # The forward is run again.
         passes += 1
     return backbone / rate, (passes * backbone + 2 * head) / rate
 
@@ -214,8 +207,8 @@ def within_limits(rows: list[dict], limits: dict[str, float]) -> dict[str, bool]
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=LIMITS, default=default_device())
-    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b", help="on a GPU")
+    parser.add_argument("--device", choices=LIMITS, default=shapes.default_device())
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="llama-2-7b", help="on a GPU")
     parser.add_argument("--layers", type=int, default=4, help="on a GPU")
     parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="on a CPU: folder of an MHA model")
     parser.add_argument("--groups", type=int, help="G (default: a quarter of the base's KV heads)")

@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
 from asymgqa_peft.tables import markdown_table
+from recipes.benchmarks import shapes
 from recipes.benchmarks.initialization import read
-from recipes.benchmarks.shapes import default_device
 from recipes.reporting import print_report
 from recipes.stdlib_text import held_out_texts, token_blocks, validation_texts
 
@@ -92,6 +92,7 @@ def models(base: nn.Module, calibration: Tensor, args: argparse.Namespace) -> It
         groups = base.config.num_key_value_heads // ratio
         config = AsymGQAConfig(num_key_value_heads=groups, r=args.rank, lora_alpha=args.rank, task_type="CAUSAL_LM")
         model = get_peft_model(copy.deepcopy(base), config).eval()
+        # As initialization.py does with calibration seed 0.
         chosen = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))
         batches = calibration[chosen[: args.blocks]].split(args.batch_size)
         initialize_asymgqa_weights(model, batches, progress=False)
@@ -100,7 +101,8 @@ def models(base: nn.Module, calibration: Tensor, args: argparse.Namespace) -> It
 
 def line_of(arm: str) -> str:
     """The line of the plot that a point lies on: MHA's widths make one, a conversion's ratios one per width."""
-    from recipes.experiments import OURS  # with it comes trl, which only a plot has to wait for
+    # With it comes trl, which only a plot has to wait for.
+    from recipes.experiments import OURS
 
     if arm.startswith("MHA"):
         return "MHA, quantised"
@@ -123,6 +125,7 @@ class SimulatedQuantisedCache(DynamicCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Keys and values (B, heads, T, D), rounded, behind those of before."""
         if self.bits < 16:
+            # Keys per channel: a few of them are large at every position.
             key_states = rounded(key_states.mT, self.bits).mT
             value_states = rounded(value_states, self.bits)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -134,6 +137,7 @@ def rounded(states: Tensor, bits: int) -> Tensor:
     The last block may be shorter. The scale and the least value are rounded to 16 bits, as they would be stored.
     """
     length = states.shape[-1]
+    # A short block is filled up with its last entry, which changes neither its least nor its largest.
     last = states[..., -1:].expand(*states.shape[:-1], -length % BLOCK)
     blocks = torch.cat((states, last), dim=-1).unflatten(-1, (-1, BLOCK))
     least = blocks.amin(-1, keepdim=True).to(torch.float16).to(states.dtype)
@@ -195,7 +199,8 @@ def read_results(path: Path | None) -> Iterator[dict]:
         return
     found: dict[tuple, list[float]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("{"):  # the table above it
+        # recovery.py prints a table before its JSON line.
+        if not line.startswith("{"):
             continue
         for row, bits in itertools.product(json.loads(line).get("rows", []), BITS):
             value = row.get(recovered_column(bits))
@@ -228,7 +233,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=Path, help="text to measure on (default: the held-out modules)")
     parser.add_argument("--stdlib", type=Path, help="folder of another Python's standard library to read")
     parser.add_argument("--plot", type=Path, help="draw the points there, as PNG and SVG")
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--device", default=shapes.default_device())
     parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8], help="without --adapters: heads per group")
     parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--blocks", type=int, default=128, help="calibration blocks")

@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
+from recipes.benchmarks import shapes
 from recipes.benchmarks.initialization import model_and_texts, read
 from recipes.benchmarks.quality_per_byte import BITS, quantised_perplexity, recovered_column
-from recipes.benchmarks.shapes import default_device
 from recipes.experiments import ARMS, OURS, Cells, arm_config, distilled, train
 from recipes.reporting import print_report
 from recipes.stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     calibration, text = blocks(args.calibration, validation_texts), blocks(args.text, training_texts)
     measured = blocks(args.held_out, held_out_texts)
     if args.sweep:
+        # The held-out text must not choose learning rates.
         calibration, measured = calibration[:-SWEEP_BLOCKS], calibration[-SWEEP_BLOCKS:]
     measured = measured[: args.held_out_blocks].split(args.batch_size)
     run = Run(args, tokenizer, text, calibration, measured)
@@ -109,6 +110,7 @@ class Run:
         size = kv_bytes(base)
         lora = LoraConfig(r=self.args.rank, lora_alpha=self.args.rank, target_modules="all-linear")
         model = get_peft_model(base, lora)
+        # Plain text, no distillation: it has no other model to learn from.
         losses = self.train(model, seed, self.args.sft_rate, 0.0, 1.0)
         return {"KV bytes/token": size, "recovered": perplexity(model, self.measured), "losses": losses}
 
@@ -137,6 +139,7 @@ class Run:
         """`--tokens` tokens of the text, blocks in a seeded order, repeated if there are too few."""
         args = self.args
         steps = max(1, int(args.tokens) // (args.batch_size * args.block_size))
+        # The same order for every arm of a seed.
         order = torch.randperm(len(self.text), generator=torch.Generator().manual_seed(seed))
         chosen = order.repeat(-(-steps * args.batch_size // len(order)))[: steps * args.batch_size]
         ids = self.text[chosen].tolist()
@@ -186,7 +189,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = model_and_texts(__doc__)
     parser.add_argument("--text", type=Path, help="text to train on (default: the bundled model's training modules)")
     parser.add_argument("--output", type=Path, default=Path("out/recovery"), help="folder of the results")
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--device", default=shapes.default_device())
     parser.add_argument("--tokens", type=float, default=8e6, help="tokens of recovery")
     parser.add_argument("--ratios", type=int, nargs="*", default=[2, 4, 8], help="base KV heads per shared head")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="default: all")

@@ -56,6 +56,7 @@ def random_moments(shape: HeadShape, groups: int, tokens: int, seed: int):
         return torch.randn(size, generator=generator)
 
     heads, dim = shape.num_attention_heads, shape.head_dim
+    # Heads of one source belong together; their bases hide it from the raw cosine.
     source = torch.randint(groups, (heads,), generator=generator)
     basis = draw(heads, dim, dim) / dim**0.5
     statistics = LayerStatistics(shape)

@@ -88,10 +88,13 @@ def plant_similar_heads(model: LlamaForCausalLM, sources: int, noise: float = 0.
     generator = torch.Generator().manual_seed(seed)
     heads, dim = model.config.num_key_value_heads, model.config.head_dim
     for layer in model.model.layers:
+        # Which of the heads it resembles.
         source = torch.randint(sources, (heads,), generator=generator)
         for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
             own = projection.weight.unflatten(0, (heads, dim))
-            shared = own[source.to(own.device)]  # a copy: indexing by a tensor
+            # Indexing by a tensor copies, so that writing below does not change what is read.
+            shared = own[source.to(own.device)]
+            # Divided, so that keys and values keep their size.
             own.copy_((shared + noise * own) / (1 + noise**2) ** 0.5)
 
 
@@ -178,11 +181,13 @@ def graph_seconds(calls: list[Callable[[], object]], device: str, repeats: int =
         for call in (calls * 3)[:3]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.empty_cache()  # while capturing nothing can be given back
+    # While a graph is captured, no memory can be given back.
+    torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call_all()
     once = median_seconds(graph.replay, device, repeats=1, warmup=1)
+    # Several replays per clock reading: one of a short graph is too short to time.
     rounds = max(1, min(20 // len(calls), int(REPLAY_SECONDS / once)))
 
     def replay() -> None:

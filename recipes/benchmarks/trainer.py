@@ -24,14 +24,7 @@ from peft import get_peft_model
 from asymgqa_peft import AsymGQAConfig
 from asymgqa_peft.initialize.walk import peak_memory
 from asymgqa_peft.tables import markdown_table
-from recipes.benchmarks.shapes import (
-    default_device,
-    random_llama,
-    reset_peak,
-    shape_config,
-    synchronize,
-    working_dtype,
-)
+from recipes.benchmarks import shapes
 from recipes.reporting import provenance
 
 ARMS = {"SFTTrainer": None, "AsymGQATrainer w=1": 1.0, "AsymGQATrainer w=0.5": 0.5}
@@ -49,10 +42,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="tokens per sequence")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the timed ones")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default=default_device())
+    parser.add_argument("--device", choices=["cuda", "cpu"], default=shapes.default_device())
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     parser.add_argument("--chunk-mib", type=int, default=None, help="size of one chunk's logits")
-    parser.add_argument("--arm", choices=list(ARMS), help=argparse.SUPPRESS)  # set when the script calls itself
+    # Set when the script calls itself.
+    parser.add_argument("--arm", choices=list(ARMS), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -85,6 +79,7 @@ def measure(options: argparse.Namespace) -> dict:
     """Train one arm; median seconds per timed step, peak bytes, first and last loss."""
     torch.manual_seed(0)
     if options.device == "cpu":
+        # More threads would make the times of a busy machine swing.
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         trainer, clock = build_trainer(options, folder)
@@ -142,7 +137,7 @@ def build_trainer(options: argparse.Namespace, folder: str):
 def adapted_llama(options: argparse.Namespace):
     """A random Llama MHA at 4:1, in bfloat16 on CUDA."""
     heads = options.hidden // 64
-    config = shape_config(
+    config = shapes.shape_config(
         "tiny",
         options.layers,
         vocab_size=options.vocab,
@@ -153,7 +148,7 @@ def adapted_llama(options: argparse.Namespace):
         max_position_embeddings=options.length,
         tie_word_embeddings=True,
     )
-    model = random_llama(config, options.device, working_dtype(options.device))
+    model = shapes.random_llama(config, options.device, shapes.working_dtype(options.device))
     groups = max(1, heads // 4)
     return get_peft_model(model, AsymGQAConfig(num_key_value_heads=groups, grouping="neighbour", merge="mean", r=16))
 
@@ -177,13 +172,13 @@ def step_clock(options: argparse.Namespace):
             self.seconds: list[float] = []
 
         def on_step_begin(self, args, state, control, **kwargs) -> None:
-            synchronize(options.device)
+            shapes.synchronize(options.device)
             if state.global_step == options.warmup:
-                reset_peak(options.device)
+                shapes.reset_peak(options.device)
             self.started = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs) -> None:
-            synchronize(options.device)
+            shapes.synchronize(options.device)
             if state.global_step > options.warmup:
                 self.seconds.append(time.perf_counter() - self.started)
 
