@@ -7,11 +7,9 @@ import math
 
 import pytest
 import torch
-from models import CASES, adapted, prompt, stock
-from reference import dense_reference, relative_error, rows_alone
 from torch import nn
 
-from asymgqa_peft.adapter.site import attention_sites
+from asymgqa_peft.adapter.slots import HeadLayout
 from asymgqa_peft.attention import register_grouped_sdpa
 from asymgqa_peft.heads import HeadShape, SharedShape
 from asymgqa_peft.method.costs import group_costs
@@ -119,7 +117,8 @@ def test_quality_per_byte_ranks_points_by_budget(run, tmp_path):
 
 def test_attention_of_other_groups_is_noticed():
     query, cache = torch.randn(1, 1, 4, 8), torch.randn(2, 1, 2, 16, 8)
-    slots = decode.Slots(decode.slot_layout([[0, 1], [2, 3]], 1), torch.device("cpu"))
+    shape = SharedShape.of_width(HeadShape(16, 4, 4, 4, 4))
+    slots = HeadLayout(((0, 1), (2, 3)), shape, torch.device("cpu"), declared=False)
     out = decode.attention(query.transpose(1, 2), cache[0], cache[1], "folded").transpose(1, 2)
     right, wrong = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
     assert decode.relative_error(out, query, *cache, slots, right, gathered=True) < 1e-6
@@ -180,34 +179,6 @@ def test_costs_do_not_depend_on_threads(two_threads):
     assert threaded.min() == 0 < threaded.max()
     alone = group_costs(moments, groups, shared, "residual", "principal")
     torch.testing.assert_close(threaded, alone, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2-gqa", "phi3", "olmo2"])
-def test_without_a_cache_no_slot_is_empty(name: str):
-    """The heads that the attention sees, with and without a cache; the logits are the reference's both times."""
-    model = adapted(name).eval()
-    site, seen = attention_sites(model)[0], []
-    handle = site.output.register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[-1]), prepend=True)
-    inputs = {"input_ids": prompt()}
-    expected = rows_alone(dense_reference(stock(name), adapted(name), CASES[name].groups), inputs)
-    for cached in (True, False):
-        assert relative_error(model, inputs | {"use_cache": cached}, expected) < 5e-6
-    handle.remove()
-    padded, heads = CASES[name].slots * site.shape.head_dim, site.shape.num_attention_heads * site.shape.head_dim
-    assert padded > heads
-    assert seen == [padded, padded if name == "olmo2" else heads]  # OLMo-2 norms all stored keys together
-
-
-def test_gradients_do_not_depend_on_the_layout():
-    gradients = []
-    for cached in (True, False):
-        model = adapted("llama").train()
-        model(input_ids=prompt(), labels=prompt(), use_cache=cached).loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        model.zero_grad()
-    assert len(gradients[0]) > 10 and gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
 
 
 def test_seconds_of_a_call_are_positive():

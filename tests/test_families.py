@@ -13,6 +13,7 @@ from peft import PeftModel
 from reference import dense_reference, greedy_alone, relative_error, rows_alone
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, StaticCache
 
+from asymgqa_peft.adapter.site import attention_sites
 from asymgqa_peft.families import FAMILIES
 
 TOLERANCE = 5e-6  # of the largest logit, in fp32; measured 3e-7 to 9e-7
@@ -70,6 +71,40 @@ def test_logits_equal_the_dense_reference(name: str, attention: str):
         assert relative_error(model, left_padded(), expected_logits(name)) < TOLERANCE
     finally:
         model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_training_mode_shows_the_attention_the_bases_own_heads(name: str):
+    """The same logits, and after the attention H heads of D: no empty slot, no wide head."""
+    model = adapted(name)
+    site, seen = attention_sites(model)[0], []
+    site.output.register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[-1]), prepend=True)
+    model.eval()(**left_padded())
+    for training in (model.train(), model.train()):
+        assert relative_error(training, left_padded(), expected_logits(name)) < TOLERANCE
+    own = site.shape.num_attention_heads * site.shape.head_dim
+    case = CASES[name]
+    slots = case.slots * (case.head_dim or site.shape.head_dim) if FAMILIES[case.model_type].grouped else own
+    assert seen == [slots, own, own]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-wide", "llama-wide-odd", "qwen2-gqa", "phi-wide", "phi3", "olmo2"])
+def test_gradients_do_not_depend_on_the_shape_that_the_attention_sees(name: str):
+    gradients = []
+    for decodes in (True, False):
+        model = adapted(name).double().train()
+        if not decodes:
+            for site in attention_sites(model):
+                for layer in site.shared_layers():
+                    layer.eval()
+        assert {site.key.decodes for site in attention_sites(model)} == {decodes}
+        model(input_ids=prompt(), labels=prompt()).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) > 10 and gradients[0].keys() == gradients[1].keys()
+    for parameter, gradient in gradients[0].items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(gradients[1][parameter], gradient, rtol=1e-6, atol=1e-8 * scale)
 
 
 @pytest.mark.parametrize("name", CASES)

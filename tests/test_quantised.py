@@ -77,7 +77,8 @@ def test_heads_start_as_the_mean_of_the_dequantised_ones(kind, folder, used_befo
         logits(base)
     model = get_peft_model(base, adapter_config(GROUPS[kind]))
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
-    weight = attention_sites(model)[0].weights().value.unflatten(0, (-1, 8))
+    site = attention_sites(model)[0]
+    weight = site.weights().value.unflatten(0, (-1, site.shape.head_dim))
     expected = torch.cat([weight[group].mean(0) for group in GROUPS[kind]])
     assert torch.allclose(layer.lora_kv["default"].weight, expected, atol=1e-6)
     fresh = dequantize_module_weight(quantised(folder).model.layers[0].self_attn.v_proj).view_as(weight)

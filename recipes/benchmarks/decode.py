@@ -4,7 +4,7 @@ r"""Decoding one token against a long cache: attention alone, whole models, and 
     python recipes/benchmarks/decode.py --device cuda --only attention --batches 1 32 --contexts 4096
 
 Shape of Llama-2-7B by default, 32 KV heads to 8; our groups are unequal (the largest of 1.5 times the mean), so that
-their padded layout has 48 query slots for 32 heads. Parts:
+their padded layout has 48 query slots for 32 heads. Half the heads of twice the width take the same bytes. Parts:
 
 - attention: one layer's attention on random caches, every kernel of PyTorch's SDPA, queries as they are (enable_gqa)
   or folded into (B, G, p, D). Outputs are checked against float64. Caches are cycled, so that none stays in the L2.
@@ -39,9 +39,9 @@ from transformers.cache_utils import StaticLayer
 from transformers.integrations import flex_attention
 
 from asymgqa_peft import AsymGQAConfig
-from asymgqa_peft.adapter.layer import Slots
+from asymgqa_peft.adapter.slots import HeadLayout
 from asymgqa_peft.attention import fold, register_grouped_sdpa
-from asymgqa_peft.groups import slot_layout
+from asymgqa_peft.heads import HeadShape, SharedShape
 from asymgqa_peft.tables import markdown_table
 from recipes.benchmarks import shapes
 from recipes.reporting import print_report
@@ -52,9 +52,10 @@ KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-MHA, EQUAL, ADAPTER, MERGED, EXPANDED = (
+MHA, EQUAL, WIDE, ADAPTER, MERGED, EXPANDED = (
     "MHA",
     "GQA, equal groups",
+    "GQA, half the heads, twice as wide",
     "ours, adapter",
     "ours, merged",
     "gather and expand",
@@ -95,7 +96,7 @@ def attention_part(config: LlamaConfig, args: argparse.Namespace, limits: dict[s
     rows = []
     for batch in args.batches:
         for context in args.contexts:
-            for arm in (MHA, EQUAL, ADAPTER, MERGED, EXPANDED):
+            for arm in (MHA, EQUAL, WIDE, ADAPTER, MERGED, EXPANDED):
                 for path in paths(args.device):
                     row = {"batch": batch, "context": context, "arm": arm, "path": path}
                     rows.append(row | guarded(attention_cell, config, args, limits, batch, context, arm, path))
@@ -118,11 +119,14 @@ def attention_cell(config, args, limits, batch: int, context: int, arm: str, pat
     kv_heads = args.groups
     if arm == MHA:
         kv_heads = heads
+    if arm == WIDE:
+        # The same bytes in the cache.
+        kv_heads, dim = kv_heads // 2, 2 * dim
     partition = contiguous(heads, kv_heads)
     if arm in (ADAPTER, MERGED, EXPANDED):
         partition = shapes.unequal_groups(heads, args.groups)
-    layout = slot_layout(partition, 1)
-    slots = Slots(layout, args.device)
+    shape = SharedShape.of_width(HeadShape(config.hidden_size, heads, heads, dim, dim))
+    slots = HeadLayout(partition, shape, args.device, declared=False)
     bytes_read = 2 * batch * kv_heads * context * dim * args.dtype.itemsize
     copies = 1
     if args.device == "cuda":
@@ -140,7 +144,9 @@ def attention_cell(config, args, limits, batch: int, context: int, arm: str, pat
         key, value = draw(batch, kv_heads, context, dim), draw(batch, kv_heads, context, dim)
         caches.append((key, value))
     # Query head -> KV head, for the arm that repeats K and V.
-    expanding = torch.tensor([slot // layout.slots_per_kv for slot in layout.slot_of_head], device=args.device)
+    expanding = torch.tensor(
+        [slot // slots.slots.slots_per_kv for slot in slots.slots.slot_of_head], device=args.device
+    )
     # A merged model's own projection writes its queries into slots.
     padded = slots.scatter(query).transpose(1, 2).contiguous()
 
@@ -187,7 +193,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, form: str) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
 
 
-def relative_error(out: Tensor, query, key, value, slots: Slots, source: Tensor, gathered: bool) -> float:
+def relative_error(out: Tensor, query, key, value, slots: HeadLayout, source: Tensor, gathered: bool) -> float:
     """Largest error of the first sequence's heads against a float64 softmax, relative to their largest entry."""
     if not gathered:
         out = slots.gather(out)
