@@ -49,7 +49,7 @@ def test_conversion_says_where_every_second_goes(run):
 def test_decode_measures_every_arm(run):
     result = run(decode, f"{TINY} --only attention model batch --layers 1 --batches 1 --contexts 64 --rank 4")
     parts = result["parts"]
-    arms = {decode.MHA, decode.EQUAL, decode.ADAPTER, decode.MERGED, decode.EXPANDED}
+    arms = {decode.MHA, decode.EQUAL, decode.WIDE, decode.ADAPTER, decode.MERGED, decode.EXPANDED}
     assert {row["arm"] for row in parts["attention"]} == arms
     assert all(row["us"] > 0 and row["error"] < 1e-4 for row in parts["attention"])
     assert not any(row["failed"] for part in ("attention", "model") for row in parts[part])
