@@ -221,7 +221,7 @@ def part_members(partition: Partition, sources: Sequence[int]) -> Tensor:
 
 
 def selection(parts: Tensor, sources: Sequence[int], size: int) -> Tensor:
-    """`part_members` (K, J) -> (K, size, J) of 0 and 1: what takes a head's own dimensions out of the J shared ones."""
+    """`part_members` (K, J) -> (K, size, J) of 0 and 1: what takes a head's dimensions out of the J shared ones."""
     chosen = parts.new_zeros(len(parts), size, len(sources))
     for column, source in enumerate(sources):
         chosen[:, source, column] = parts[:, column]

@@ -16,8 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..families import Family, find_family, head_shape
-from ..groups import Partition
-from ..heads import AttentionWeights, HeadShape, SharedHeads, SharedShape, mean_heads
+from ..heads import AttentionWeights, HeadShape, SharedHeads, mean_heads
 from .layer import (
     Geometry,
     SharedKey,
@@ -29,6 +28,7 @@ from .layer import (
     base_weight,
     write_geometry,
 )
+from .slots import HeadLayout
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,9 @@ class AttentionSite:
         """Undo what the adapter last told the attention module about its heads."""
         write_geometry(self.attention, self.family, Geometry.of_base(self.shape))
 
-    def partition(self, adapter_name: str) -> Partition:
-        """The adapter's groups."""
-        return self.key.layout(adapter_name).partition
+    def layout(self, adapter_name: str) -> HeadLayout:
+        """The adapter's groups, and the shape of its shared heads."""
+        return self.key.layout(adapter_name)
 
     def cached_heads(self) -> tuple[int, int]:
         """K/V heads that the cache holds in evaluation mode, and their dimensions."""
@@ -180,22 +180,14 @@ class AttentionSite:
             return self.shape.base_kv_heads, self.shape.head_dim
         if not self.family.grouped:
             return self.shape.num_attention_heads, self.shape.head_dim
-        layout = self.key.layout(adapter_name)
+        layout = self.layout(adapter_name)
         return layout.slots.kv_heads, layout.shape.head_dim
-
-    def set_partition(self, adapter_name: str, partition: Partition) -> None:
-        """Lay the adapter's heads out for other groups; its shared heads have to be written anew."""
-        self.key.layout(adapter_name).set_partition(partition)
-
-    def shared_shape(self, adapter_name: str) -> SharedShape:
-        """Shape of the adapter's shared heads."""
-        return self.key.layout(adapter_name).shape
 
     def start(self, adapter_name: str) -> None:
         """Write the shared heads that need no data, unless the adapter is on the meta device, to be loaded."""
         if self.key.lora_kv[adapter_name].weight.is_meta or base_layer(self.key).weight.is_meta:
             return
-        layout = self.key.layout(adapter_name)
+        layout = self.layout(adapter_name)
         declared = layout.declared
         self.write(adapter_name, mean_heads(self.weights(), layout.partition, layout.shape))
         layout.declared = declared
@@ -206,7 +198,7 @@ class AttentionSite:
         It holds the adapter's own modules and nothing of the base's. K and V are views of the weights, gains and mixes
         float64.
         """
-        layout = self.key.layout(adapter_name)
+        layout = self.layout(adapter_name)
         projections = {layer.parts: layer.lora_kv[adapter_name] for layer in self.shared_layers()}
         fits = {"query_gain": self.key.lora_query_gain, "query_mix": self.key.lora_query_mix}
         fits["value_mix"] = self.value.lora_value_mix
@@ -232,7 +224,7 @@ class AttentionSite:
     @torch.no_grad()
     def write(self, adapter_name: str, heads: SharedHeads) -> None:
         """Make these the adapter's shared heads, groups included."""
-        layout = self.key.layout(adapter_name)
+        layout = self.layout(adapter_name)
         layout.set_partition(heads.partition, heads.shape.frequencies)
         for layer in self.shared_layers():
             linear = layer.lora_kv[adapter_name]
