@@ -120,7 +120,7 @@ class AsymGQAModel(LoraModel):
 
     def head_groups(self, adapter_name: str) -> HeadGroups:
         """The groups of an adapter in all layers."""
-        layers = tuple(site.partition(adapter_name) for site in self.sites)
+        layers = tuple(site.layout(adapter_name).partition for site in self.sites)
         return HeadGroups(layers, self.sites[0].shape.base_kv_heads)
 
     def record_head_groups(self, adapter_name: str) -> None:
@@ -128,7 +128,7 @@ class AsymGQAModel(LoraModel):
         config = self.peft_config[adapter_name]
         config.head_groups = self.head_groups(adapter_name).to_lists()
         for site in self.sites:
-            site.key.layout(adapter_name).declared = False
+            site.layout(adapter_name).declared = False
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -147,7 +147,7 @@ class AsymGQAModel(LoraModel):
         self._loading = set()
         for adapter_name in self.peft_config:
             for site in self.sites:
-                layout = site.key.layout(adapter_name)
+                layout = site.layout(adapter_name)
                 at = f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}."
                 if at + "index" in state_dict:
                     layout.checked_partition(state_dict[at + "index"])
@@ -249,7 +249,7 @@ class AsymGQAModel(LoraModel):
     ) -> ExportPlan:
         """What `merge_and_unload` would make of an adapter; arguments and errors are the same, nothing is changed."""
         config, groups = self.peft_config[adapter_name], self.head_groups(adapter_name)
-        heads = self.sites[0].shared_shape(adapter_name)
+        heads = self.sites[0].layout(adapter_name).shape
         return plan_export(self.model, config, groups, heads, duplicate_kv_heads, cached_tokens)
 
     def _unload_and_optionally_merge(

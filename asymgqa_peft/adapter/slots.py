@@ -35,6 +35,7 @@ class HeadLayout(nn.Module):
         super().__init__()
         self.shape = shape
         self.declared = declared
+        self.is_wide = shape.rotary_dim != shape.base.rotary_dim
         self.register_buffer("index", torch.tensor(_group_of_head(partition), device=device))
         if shape.head_dim != shape.base.head_dim:
             self.register_buffer("frequencies", torch.tensor(shape.frequencies, device=device))
@@ -43,26 +44,22 @@ class HeadLayout(nn.Module):
     def _lay_out(self, partition: Partition) -> None:
         self.partition = partition
         self.slots = slot_layout(partition, self.shape.base.queries_per_kv)
-        # An empty slot takes a copy of head 0: nothing reads what comes of it, and one gather is all it costs.
-        head_of_slot = [max(head, 0) for head in self.slots.head_of_slot]
-        group_of_query = []
-        for group in _group_of_head(partition):
-            group_of_query += [group] * self.shape.base.queries_per_kv
-        pairs = list(self.shape.frequencies)
-        rotary_rows = pairs + [pair + self.shape.base.rotary_dim // 2 for pair in pairs]
+        base, pairs, groups = self.shape.base, self.shape.frequencies, _group_of_head(partition)
         indices = {
-            "head_of_slot": head_of_slot,
+            # An empty slot takes a copy of head 0: nothing reads what comes of it, and one gather is all it costs.
+            "head_of_slot": [max(head, 0) for head in self.slots.head_of_slot],
             "slot_of_head": self.slots.slot_of_head,
-            "group_of_query": group_of_query,
-            "rotary_rows": rotary_rows,
-            "is_first": first_of_frequency(pairs),
+            "group_of_query": [groups[head // base.queries_per_kv] for head in range(base.num_attention_heads)],
+            "rotary_rows": self.shape.rotary_sources,
+            # 1 for each pair that is the first to turn at its frequency, 0 for further ones.
+            "is_first": [int(pairs.index(frequency) == pair) for pair, frequency in enumerate(pairs)],
         }
         for name, index in indices.items():
             buffer = torch.tensor(index, dtype=torch.long, device=self.index.device)
             self.register_buffer(name, buffer, persistent=False)
         self.moves_queries = self.slots.head_of_slot != tuple(range(len(self.slots.slot_of_head)))
         repeats = Counter(pairs).values()
-        self.is_even = len(set(repeats)) == 1 and len(repeats) == self.shape.base.rotary_dim // 2
+        self.is_even = len(set(repeats)) == 1 and len(repeats) == base.rotary_dim // 2
 
     def set_partition(self, partition: Partition, frequencies: tuple[int, ...] | None = None) -> None:
         """Lay the heads out for other groups, and a wide head for other frequencies."""
@@ -121,15 +118,15 @@ class HeadLayout(nn.Module):
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        index, frequencies = state_dict.get(prefix + "index"), state_dict.get(prefix + "frequencies")
-        self._adopt(index, frequencies)
+        self._adopt(state_dict.get(prefix + "index"), state_dict.get(prefix + "frequencies"))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _adopt(self, index: Tensor | None = None, frequencies: Tensor | None = None) -> None:
         if frequencies is not None:
             self.shape = SharedShape(self.shape.base, self.shape.head_dim, self.checked_frequencies(frequencies))
-        partition = self.partition if index is None else self.checked_partition(index)
+        partition = self.partition
         if index is not None:
+            partition = self.checked_partition(index)
             self.declared = False
         self._lay_out(partition)
 
@@ -174,20 +171,27 @@ class RotaryGain(nn.Module):
 
     def __init__(self, shape: SharedShape, **factory) -> None:
         super().__init__()
-        pairs = len(shape.frequencies)
-        self.base_pairs = shape.base.rotary_dim // 2
-        self.weight = nn.Parameter(torch.zeros(shape.base.num_attention_heads, pairs, 2, **factory))
+        self.weight = nn.Parameter(torch.zeros(shape.base.num_attention_heads, len(shape.frequencies), 2, **factory))
+
+    def read(self, layout: HeadLayout) -> Tensor:
+        """The gains (H, W_r / 2), complex128."""
+        return torch.view_as_complex(self.weight.detach().double()) + layout.is_first
+
+    def write(self, gain: Tensor | None, layout: HeadLayout) -> None:
+        """Make these the gains; None is the head as it is."""
+        if gain is None:
+            self.weight.zero_()
+        else:
+            self.weight.copy_(torch.view_as_real(gain.resolve_conj() - layout.is_first.to(gain.device)))
 
     def fit_query(self, query: Tensor, layout: HeadLayout) -> Tensor:
         """Rotary part of the queries (B, T, H, R) -> of the fitted queries, (B, T, H, W_r)."""
-        wide = layout.shape.rotary_dim != query.shape[-1]
-        first, second = query.chunk(2, dim=-1)
-        if wide:
-            first, second = query.index_select(-1, layout.rotary_rows).chunk(2, dim=-1)
+        own = query
+        if layout.is_wide:
+            query = query.index_select(-1, layout.rotary_rows)
+            own = query * layout.is_first.repeat(2)
+        (first, second), (own_first, own_second) = query.chunk(2, dim=-1), own.chunk(2, dim=-1)
         real, imag = self.weight.to(query.dtype).unbind(-1)
-        own_first, own_second = first, second
-        if wide:
-            own_first, own_second = first * layout.is_first, second * layout.is_first
         turned = (own_first + first * real - second * imag, own_second + second * real + first * imag)
         return torch.cat(turned, dim=-1)
 
@@ -200,7 +204,7 @@ class RotaryGain(nn.Module):
         first, second = shared.chunk(2, dim=-1)
         real, imag = self.weight.to(shared.dtype).unbind(-1)
         turned_first, turned_second = first * real + second * imag, second * real - first * imag
-        if layout.shape.rotary_dim == 2 * self.base_pairs:
+        if not layout.is_wide:
             return torch.cat((first + turned_first, second + turned_second), dim=-1)
         own_first = layout.sum_by_frequency(first * layout.is_first + turned_first)
         own_second = layout.sum_by_frequency(second * layout.is_first + turned_second)
@@ -214,6 +218,18 @@ class HeadMix(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_heads, rows, columns, **factory))
 
+    def read(self) -> Tensor:
+        """The matrices (H, M, N), float64."""
+        deviation = self.weight.detach().double()
+        return deviation + torch.eye(*deviation.shape[1:]).to(deviation)
+
+    def write(self, matrices: Tensor | None) -> None:
+        """Make these the matrices; None is the identity's first M rows."""
+        if matrices is None:
+            self.weight.zero_()
+        else:
+            self.weight.copy_(matrices - torch.eye(*matrices.shape[1:]).to(matrices))
+
     def forward(self, heads: Tensor) -> Tensor:
         """(B, T, H, N) -> (B, T, H, M): each head's vector through its matrix."""
         mixed = torch.einsum("...hn,hmn->...hm", heads, self.weight.to(heads.dtype))
@@ -223,14 +239,6 @@ class HeadMix(nn.Module):
         """(B, T, H, M) -> (B, T, H, N): each head's vector through the transpose."""
         mixed = torch.einsum("...hm,hmn->...hn", heads, self.weight.to(heads.dtype))
         return _resized(heads, self.weight.shape[2]) + mixed
-
-
-def first_of_frequency(frequencies: list[int]) -> list[int]:
-    """1 for each pair of a shared head that is the first to turn at its frequency, 0 for the others."""
-    first = []
-    for pair, frequency in enumerate(frequencies):
-        first.append(int(pair == 0 or frequencies[pair - 1] != frequency))
-    return first
 
 
 def _resized(vectors: Tensor, size: int) -> Tensor:

@@ -54,7 +54,7 @@ def all_or_nothing(model: PeftModel, tuner: AsymGQAModel, adapter_name: str) -> 
         yield
     except BaseException:
         for site in tuner.sites:
-            site.set_partition(adapter_name, groups.layers[site.layer])
+            site.layout(adapter_name).set_partition(groups.layers[site.layer])
         config.head_groups, config.initialized = head_groups, initialized
         for name, tensor in _adapter_tensors(model, adapter_name):
             tensor.copy_(before[name])

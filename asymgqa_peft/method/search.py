@@ -108,17 +108,19 @@ class ExactCosts:
         # In order of size, so that a batched eigensolver finds equal shapes side by side.
         missing = sorted(set(groups).difference(self._known), key=lambda group: (len(group), group))
         for start in range(0, len(missing), BATCH):
-            self._evaluate(missing[start : start + BATCH])
+            batch = missing[start : start + BATCH]
+            costs = self._costs(batch)
+            if costs.shape != (len(batch),):
+                raise ValueError(
+                    f"costs returned shape {tuple(costs.shape)} for {len(batch)} groups: return one each."
+                )
+            for group, cost in zip(batch, costs.tolist(), strict=True):
+                if not math.isfinite(cost):
+                    raise ValueError(
+                        f"The cost of grouping heads {group} is {cost}: look for NaN or inf in activations."
+                    )
+                self._known[group] = cost
         return [self._known[group] for group in groups]
-
-    def _evaluate(self, groups: list[Group]) -> None:
-        values = self._costs(groups)
-        if values.shape != (len(groups),):
-            raise ValueError(f"costs returned shape {tuple(values.shape)} for {len(groups)} groups: return one each.")
-        for group, value in zip(groups, values.tolist(), strict=True):
-            if not math.isfinite(value):
-                raise ValueError(f"The cost of grouping heads {group} is {value}: look for NaN or inf in activations.")
-            self._known[group] = value
 
     def knows(self, groups: Sequence[Group]) -> bool:
         """Whether every one of the groups has been evaluated."""
@@ -149,26 +151,16 @@ class PairSurrogate:
         upper = pair_costs.to("cpu", torch.float64).triu(1)
         self.matrix = upper + upper.T  # (K, K)
         self._pairs = self.matrix.tolist()
-        self._scale: dict[int, float] = {}
+        # By size of the group, what the summed cost of its pairs is multiplied by; K + 1 for a move into all others.
+        self.weights = [0.0] + [2 / size for size in range(1, base_kv_heads + 2)]
         self._known: dict[Group, float] = {}
 
     def __call__(self, groups: Sequence[Group]) -> list[float]:
         for group in groups:
             if group not in self._known:
                 pairs = sum(self._pairs[i][j] for i, j in combinations(group, 2))
-                self._known[group] = self._weight(len(group)) * pairs
+                self._known[group] = self.weights[len(group)] * pairs
         return [self._known[group] for group in groups]
-
-    def _weight(self, size: int) -> float:
-        return self._scale.get(size, 1.0) * 2 / size
-
-    @property
-    def weights(self) -> torch.Tensor:
-        """(K + 2,): by size of the group, what the summed cost of its pairs is multiplied by."""
-        weights = torch.zeros(len(self._pairs) + 2, dtype=torch.float64)
-        for size in range(1, len(weights)):
-            weights[size] = self._weight(size)
-        return weights
 
     def calibrate(self, exact: ExactCosts, sizes: range, generator: random.Random) -> None:
         """Fit the scale of every size to the exact costs of groups grown greedily and of random ones."""
@@ -182,13 +174,11 @@ class PairSurrogate:
             samples[size] = [tuple(sorted(order[:size])) for order in orders]
         # One round of batches for all sizes; below, costs are looked up.
         exact(list(chain.from_iterable(samples.values())))
-        scale = {}
         for size, groups in samples.items():
             estimated = math.fsum(self(groups))
             # The scale may be zero: a wide head holds small groups without loss.
             if estimated > 0:
-                scale[size] = math.fsum(exact(groups)) / estimated
-        self._scale = scale
+                self.weights[size] = math.fsum(exact(groups)) / estimated * 2 / size
         self._known.clear()
 
     def _nearest_first(self, head: int, count: int) -> list[int]:
@@ -248,7 +238,7 @@ def _changes_by_pairs(
             labels[row, list(group)] = index
     member = torch.nn.functional.one_hot(labels, space.num_groups).double()  # (n, K, G)
     sizes = member.sum(1).long()  # (n, G)
-    weights = surrogate.weights
+    weights = torch.tensor(surrogate.weights, dtype=torch.float64)
     near = surrogate.matrix @ member  # (n, K, G): pairs of head i with the heads of group g
     within = (near * member).sum(1) / 2  # (n, G): pairs inside group g
     own_size, own_within = sizes.gather(1, labels), within.gather(1, labels)  # (n, K)
@@ -272,24 +262,20 @@ def _refine(
     space: PartitionSpace, partition: Partition, surrogate: PairSurrogate, exact: ExactCosts, tolerance: float
 ) -> Partition:
     """Descend by exact costs within the budget, trying first the exchanges that the surrogate ranks first."""
-    while True:
+    best: Partition | None = partition
+    while best is not None:
+        partition, best = best, None
         exchanges = space.exchanges(partition)
         expected = [_expected_change(partition, exchange, surrogate, exact) for exchange in exchanges]
-        ranked = _ranked(exchanges, expected, tolerance)
-        known, untried = [], []
-        for exchange in ranked:
-            if exact.knows(exchange):
-                known.append(exchange)
-            else:
-                untried.append(exchange)
         # What is known costs nothing to look at.
+        known, untried = [], []
+        for exchange in _ranked(exchanges, expected, tolerance):
+            (known if exact.knows(exchange) else untried).append(exchange)
         best = _best_exchange(partition, known, exact, tolerance)
         while best is None and untried and exact.evaluations < EXACT_BUDGET:
             best = _best_exchange(partition, untried[:CONFIRM], exact, tolerance)
             untried = untried[CONFIRM:]
-        if best is None:
-            return partition
-        partition = best
+    return partition
 
 
 def _expected_change(partition: Partition, exchange: Partition, surrogate: PairSurrogate, exact: ExactCosts) -> float:
@@ -334,7 +320,7 @@ def _agglomerate(space: PartitionSpace, score: Score) -> Partition:
         if not pairs:
             # Every union would be too large, e.g. five groups of four under a cap of six.
             return _dissolve(space, groups, score)
-        first, second = pairs[_argmin(_union_costs(pairs, score))]
+        first, second = _cheapest_union(pairs, score)
         groups.remove(first)
         groups.remove(second)
         groups.append(_united(first, second))
@@ -347,18 +333,18 @@ def _dissolve(space: PartitionSpace, groups: Sequence[Group], score: Score) -> P
     kept, dissolved = by_size[: space.num_groups], by_size[space.num_groups :]
     for head in sorted(chain.from_iterable(dissolved)):
         pairs = [(group, (head,)) for group in kept if len(group) < space.greatest]
-        group, _ = pairs[_argmin(_union_costs(pairs, score))]
+        group, _ = _cheapest_union(pairs, score)
         kept[kept.index(group)] = _united(group, (head,))
     return tuple(sorted(kept))
 
 
-def _union_costs(pairs: Sequence[tuple[Group, Group]], score: Score) -> list[float]:
-    """What uniting each pair of groups adds to the summed cost."""
-    costs = []
+def _cheapest_union(pairs: Sequence[tuple[Group, Group]], score: Score) -> tuple[Group, Group]:
+    """The pair of groups whose union adds least to the summed cost."""
+    added = []
     for first, second in pairs:
         union, alone, other = score([_united(first, second), first, second])
-        costs.append(union - alone - other)
-    return costs
+        added.append(union - alone - other)
+    return pairs[_argmin(added)]
 
 
 def _cheapest(space: PartitionSpace, candidates: Sequence[Partition], score: Score, tolerance: float) -> Partition:
