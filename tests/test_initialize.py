@@ -9,11 +9,11 @@ import json
 import pytest
 import torch
 import torch.multiprocessing as mp
-from models import CASES, config_of, left_padded, prompt, random_model
+from models import CASES, adapter_config, config_of, left_padded, prompt, random_model
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from asymgqa_peft import AsymGQAConfig, InitializationReport, initialize_asymgqa_weights
+from asymgqa_peft import InitializationReport, initialize_asymgqa_weights
 from asymgqa_peft.adapter.site import attention_sites, unwrap
 from asymgqa_peft.groups import HeadGroups
 from asymgqa_peft.heads import SharedShape
@@ -27,9 +27,9 @@ HELD_OUT = prompt(4, 20, seed=9)
 
 
 def wrapped(name: str = "llama", dtype: torch.dtype = torch.float32, **choices):
-    choices = {"num_key_value_heads": 3, "r": 8, "task_type": "CAUSAL_LM"} | choices
+    config = adapter_config(**{"num_key_value_heads": 3, "r": 8} | choices)
     torch.manual_seed(0)
-    return get_peft_model(random_model(config_of(CASES[name])).to(dtype), AsymGQAConfig(**choices)).eval()
+    return get_peft_model(random_model(config_of(CASES[name])).to(dtype), config).eval()
 
 
 def initialised(name: str = "llama", batches=None, **choices):
@@ -179,7 +179,7 @@ def test_second_call_starts_anew():
 
 def test_base_is_untouched_and_only_the_named_adapter_changes():
     model = wrapped()
-    model.add_adapter("other", AsymGQAConfig(num_key_value_heads=2, r=4, task_type="CAUSAL_LM"))
+    model.add_adapter("other", adapter_config())
     model.train()
     before = state_of(model)
     initialize_asymgqa_weights(model, IDS.split(8), adapter_name="other", progress=False)

@@ -10,6 +10,7 @@ import torch
 from asymgqa_peft import plotting
 
 matplotlib = pytest.importorskip("matplotlib")
+Figure = pytest.importorskip("matplotlib.figure").Figure
 
 REPORT = SimpleNamespace(
     head_groups=[[[0, 2, 3, 5], [1, 4]], [[0], [1, 2, 3, 4, 5]]], costs=[0.25, 0.125], neighbour_costs=[0.5, 0.375]
@@ -56,14 +57,15 @@ def settings():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures made, in order."""
-    figures, new_figure = [], plotting._new_figure
+    """The figures saved, in order."""
+    figures, savefig = [], Figure.savefig
 
-    def record(height):
-        figures.append(new_figure(height))
-        return figures[-1]
+    def record(figure, *args, **options):
+        if figure not in figures:  # once as PNG, once as SVG
+            figures.append(figure)
+        savefig(figure, *args, **options)
 
-    monkeypatch.setattr(plotting, "_new_figure", record)
+    monkeypatch.setattr(Figure, "savefig", record)
     return figures
 
 
@@ -94,7 +96,7 @@ def test_an_interrupt_leaves_the_former_picture(draw, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", interrupted)
+    monkeypatch.setattr(Figure, "savefig", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draw(tmp_path / "picture")
     files = sorted(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from peft import PeftType
+from peft import PeftType, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import register_peft_method
@@ -64,6 +64,10 @@ class AsymGQAModel(LoraModel):
             resolved = replace(peft_config)
             _maybe_include_all_linear_layers(resolved, self.model)
             targets = set(resolved.target_modules) - self._site_of.keys()
+            if peft_config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+                # PEFT trains the heads of these tasks whole, and fails on a head that LoRA wraps.
+                decoder = set(self.model.base_model.modules())
+                targets = {name for name in targets if self.model.get_submodule(name) in decoder}
             peft_config.target_modules = _short_names(targets, self.model)
             return
         for name in self._site_of:
