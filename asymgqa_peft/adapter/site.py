@@ -194,9 +194,9 @@ class AttentionSite:
         layout = self.key.layout(adapter_name)
         return layout.slots.kv_heads, layout.shape.head_dim
 
-    def set_partition(self, adapter_name: str, partition: Partition) -> None:
-        """Lay the adapter's heads out for other groups; its shared heads have to be written anew."""
-        self.key.layout(adapter_name).set_partition(partition)
+    def set_partition(self, adapter_name: str, partition: Partition, frequencies: tuple[int, ...]) -> None:
+        """Lay the adapter's heads out for other groups and frequencies; its heads have to be written anew."""
+        self.key.layout(adapter_name).set_partition(partition, frequencies)
 
     def shared_shape(self, adapter_name: str) -> SharedShape:
         """Shape of the adapter's shared heads."""
