@@ -52,8 +52,8 @@ class AsymGQAModel(LoraModel):
         check_not_sharded(self.model)
         site = self.sites[0]
         self._site_of = {name: site for site in self.sites for name in site.shared_names}
-        self._shape = shared_shape(peft_config, site.shape, site.family, self.model.config)
         self._groups = initial_groups(peft_config, site.shape, len(self.sites))
+        self._shape = shared_shape(peft_config, self._groups, site.shape, site.family, self.model.config)
         check_modules_to_save(peft_config, self._site_of)
         self._resolve_targets(peft_config)
         return peft_config
