@@ -101,6 +101,8 @@ class AsymGQAModel(LoraModel):
         for site in self.sites:
             site.install_hooks()
             site.start(adapter_name)
+        # generate() may allocate a static cache before the first forward, and would ask the base's configuration.
+        self.model._get_static_cache_init_shape = _unknown_cache_shape
         config = self.peft_config[adapter_name]
         if config.initialized is None:
             # Until a file that is loaded, or an initialisation, says otherwise.
@@ -311,7 +313,12 @@ def _short_names(targets: set[str], model: nn.Module) -> set[str]:
     return targets if any(name.rpartition(".")[2] in short for name in others) else short
 
 
+def _unknown_cache_shape() -> None:
+    """What transformers takes to allocate a static cache at its first use, from the keys that it gets."""
+
+
 def _remove_hooks(model: nn.Module) -> None:
+    vars(model).pop("_get_static_cache_init_shape", None)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
