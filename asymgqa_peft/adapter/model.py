@@ -148,13 +148,19 @@ class AsymGQAModel(LoraModel):
             check_adapter_tensors(given, self._own_tensors(prefix), self._declared_adapters())
         self._loading = set()
         for adapter_name in self.peft_config:
+            turns = set()
             for site in self.sites:
                 layout = site.key.layout(adapter_name)
                 at = f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}."
                 if at + "index" in state_dict:
                     layout.checked_partition(state_dict[at + "index"])
                 if at + "frequencies" in state_dict:
-                    layout.checked_frequencies(state_dict[at + "frequencies"])
+                    turns.add(layout.checked_frequencies(state_dict[at + "frequencies"]))
+            if len(turns) > 1:
+                raise ValueError(
+                    f"rotary frequencies in the weights differ between layers, {sorted(turns)}, where a stock model "
+                    "has one rotary embedding. The file is damaged: take it anew from where it was saved."
+                )
             if any(f".{adapter_name}." in key for key in state_dict):
                 self._loading.add(adapter_name)
         super()._load_from_state_dict(state_dict, prefix, *args)
