@@ -318,6 +318,8 @@ def _plain_config(config_class, config, layout: SlotLayout, shape: HeadShape, se
     """The plain configuration; raises whatever its class raises where it refuses the number of slots."""
     values = config.to_dict()
     values.pop("model_type", None)
+    # What a merge wrote for older engines goes before rope_parameters, and would stand for the base's.
+    values.pop("rope_scaling", None)
     if config_class is not type(config):
         own = config_class().to_dict()
         values = {name: value for name, value in values.items() if name in own}
