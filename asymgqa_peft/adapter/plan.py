@@ -179,6 +179,14 @@ def _choose_wide(base: StockModel, groups: HeadGroups, heads: SharedShape) -> tu
     else:
         candidates = [(*classes, groups.max_group_size * shape.queries_per_kv, stand_in.sets)]
     choice = _first_accepted(candidates, widened, groups, shape)
+    if stand_in is not None and rope.short_factor != rope.long_factor:
+        warnings.warn(
+            f"{base.model_class.__name__} recomputes its cache when generation passes "
+            f"{rope.original_max_position_embeddings} tokens, where its rotary frequencies change; "
+            f"{choice[0].model_class.__name__} does not. Let no sequence pass that limit on a cache begun below it, "
+            "or leave head_dim unset.",
+            stacklevel=6,  # who called merge_and_unload
+        )
     query_scale = 1.0
     if not family.scale_in_config:
         # The stock class divides scores by sqrt(W), the base by sqrt(D).
