@@ -48,8 +48,10 @@ def largest_group(config: AsymGQAConfig, shape: HeadShape) -> int:
     return default_max_group_size(shape.num_attention_heads, shape.base_kv_heads, config.num_key_value_heads)
 
 
-def shared_shape(config: AsymGQAConfig, shape: HeadShape, family: Family, model_config) -> SharedShape:
-    """The shape of the shared heads that a configuration asks for.
+def shared_shape(
+    config: AsymGQAConfig, groups: HeadGroups, shape: HeadShape, family: Family, model_config
+) -> SharedShape:
+    """The shape of the shared heads that a configuration asks for, in the groups to wrap with.
 
     Raises:
         ValueError: for a width that the base, its class or the merge cannot have.
@@ -67,7 +69,10 @@ def shared_shape(config: AsymGQAConfig, shape: HeadShape, family: Family, model_
             f"head_dim={width} makes {width * shape.rotary_dim / base_dim:g} rotary dimensions, which RoPE takes in "
             f"pairs: choose a multiple of {2 * base_dim // math.gcd(shape.rotary_dim, 2 * base_dim)}."
         )
-    largest = largest_group(config, shape) * base_dim
+    largest = groups.max_group_size * base_dim
+    if config.grouping in ("symmetric", "asymmetric"):
+        # A search may find larger groups than those to wrap with.
+        largest = max(largest, largest_group(config, shape) * base_dim)
     if width > largest:
         raise ValueError(
             f"head_dim={width} exceeds the {largest} dimensions of the largest group, and would keep nothing more: "
@@ -75,7 +80,9 @@ def shared_shape(config: AsymGQAConfig, shape: HeadShape, family: Family, model_
         )
     check_width(config.merge, width, base_dim)
     if reason := _refusal_of_width(shape, family, model_config):
-        raise ValueError(f"head_dim={width} cannot be had for this {model_config.model_type} model: {reason}.")
+        raise ValueError(
+            f"head_dim={width} cannot be had for this {model_config.model_type} model: {reason}. Leave head_dim unset."
+        )
     if config.num_key_value_heads * width >= shape.base_kv_heads * base_dim:
         warnings.warn(
             f"num_key_value_heads={config.num_key_value_heads} of head_dim={width} take as much cache as the base's "

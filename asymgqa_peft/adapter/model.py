@@ -52,8 +52,8 @@ class AsymGQAModel(LoraModel):
         check_not_sharded(self.model)
         site = self.sites[0]
         self._site_of = {name: site for site in self.sites for name in site.shared_names}
-        self._shape = shared_shape(peft_config, site.shape, site.family, self.model.config)
         self._groups = initial_groups(peft_config, site.shape, len(self.sites))
+        self._shape = shared_shape(peft_config, self._groups, site.shape, site.family, self.model.config)
         check_modules_to_save(peft_config, self._site_of)
         self._resolve_targets(peft_config)
         return peft_config
@@ -105,6 +105,8 @@ class AsymGQAModel(LoraModel):
         for site in self.sites:
             site.install_hooks()
             site.start(adapter_name)
+        # generate() may allocate a static cache before the first forward, and would ask the base's configuration.
+        self.model._get_static_cache_init_shape = _unknown_cache_shape
         config = self.peft_config[adapter_name]
         if config.initialized is None:
             # Until a file that is loaded, or an initialisation, says otherwise.
@@ -150,13 +152,19 @@ class AsymGQAModel(LoraModel):
             check_adapter_tensors(given, self._own_tensors(prefix), self._declared_adapters())
         self._loading = set()
         for adapter_name in self.peft_config:
+            turns = set()
             for site in self.sites:
                 layout = site.layout(adapter_name)
                 at = f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}."
                 if at + "index" in state_dict:
                     layout.checked_partition(state_dict[at + "index"])
                 if at + "frequencies" in state_dict:
-                    layout.checked_frequencies(state_dict[at + "frequencies"])
+                    turns.add(layout.checked_frequencies(state_dict[at + "frequencies"]))
+            if len(turns) > 1:
+                raise ValueError(
+                    f"rotary frequencies in the weights differ between layers, {sorted(turns)}, where a stock model "
+                    "has one rotary embedding. The file is damaged: take it anew from where it was saved."
+                )
             if any(f".{adapter_name}." in key for key in state_dict):
                 self._loading.add(adapter_name)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -315,7 +323,12 @@ def _short_names(targets: set[str], model: nn.Module) -> set[str]:
     return targets if any(name.rpartition(".")[2] in short for name in others) else short
 
 
+def _unknown_cache_shape() -> None:
+    """What transformers takes to allocate a static cache at its first use, from the keys that it gets."""
+
+
 def _remove_hooks(model: nn.Module) -> None:
+    vars(model).pop("_get_static_cache_init_shape", None)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):

@@ -124,6 +124,15 @@ def plan_export(
         planner = _Planner(replace(base, config=config), groups, family, shape, stand_in, is_wide=True)
         chosen = planner.stored_once()
         scales = {"rotary_scale": rotary_scale}
+        rope = chosen.plain.config.rope_parameters
+        if chosen.stand_in and rope["short_factor"] != rope["long_factor"]:
+            warnings.warn(
+                f"{base.model_class.__name__} recomputes its cache when generation passes "
+                f"{rope['original_max_position_embeddings']} tokens, where its rotary frequencies change; "
+                f"{chosen.plain.model_class.__name__} does not. Let no sequence pass that limit on a cache begun below "
+                "it, or leave head_dim unset.",
+                stacklevel=5,  # who called merge_and_unload
+            )
         if not family.scale_in_config:
             # The stock class divides scores by sqrt(W), the base by sqrt(D).
             scales["query_scale"] = math.sqrt(heads.head_dim / heads.base.head_dim)
@@ -342,6 +351,8 @@ def _plain_config(config_class, config, layout: SlotLayout, shape: HeadShape, se
     """The plain configuration; raises whatever its class raises where it refuses the number of slots."""
     values = config.to_dict()
     values.pop("model_type", None)
+    # What a merge wrote for older engines goes before rope_parameters, and would stand for the base's.
+    values.pop("rope_scaling", None)
     if config_class is not type(config):
         own = config_class().to_dict()
         values = {name: value for name, value in values.items() if name in own}

@@ -50,6 +50,9 @@ def wide_config(config: PretrainedConfig, heads: SharedShape, family: Family) ->
     wide = copy.deepcopy(config)
     wide.head_dim = heads.head_dim
     kept = {name: value for name, value in parameters.items() if name in family.rope_fields}
+    if "partial_rotary_factor" in kept:
+        # The same fraction of a wider head, which the class rounds down, may be another number than W_r.
+        kept["partial_rotary_factor"] = heads.rotary_dim / heads.head_dim
     wide.rope_parameters = kept | {
         "rope_type": "longrope",
         "rope_theta": theta,

@@ -61,9 +61,9 @@ class HeadLayout(nn.Module):
         repeats = Counter(pairs).values()
         self.is_even = len(set(repeats)) == 1 and len(repeats) == base.rotary_dim // 2
 
-    def set_partition(self, partition: Partition, frequencies: tuple[int, ...] | None = None) -> None:
+    def set_partition(self, partition: Partition, frequencies: tuple[int, ...]) -> None:
         """Lay the heads out for other groups, and a wide head for other frequencies."""
-        if frequencies is not None and frequencies != self.shape.frequencies:
+        if frequencies != self.shape.frequencies:
             self.shape = SharedShape(self.shape.base, self.shape.head_dim, frequencies)
             self.frequencies.copy_(torch.tensor(frequencies))
         with torch.no_grad():
