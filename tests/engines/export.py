@@ -2,10 +2,11 @@
 
     python tests/engines/export.py out/engines/checkpoints
 
-The bundled model at 4:1, in float32: "unequal" and "equal" groups, both chosen and merged on activations, merged into
-plain checkpoints by recipes/merge_and_push.py as a user would. "base" is the bundled model itself, a control: what an
-engine cannot do with that is not the export's doing. Beside every checkpoint lies NAME.reference.safetensors with the
-adapter's logits before merging, prompt ids and greedy continuations.
+The bundled model at 4:1 of its cache, in float32, chosen and merged on activations: 4 heads of the base's 32 dimensions
+in "unequal" and "equal" groups, and 2 heads of 64 in "wide-unequal" and "wide-equal" ones. All are merged into plain
+checkpoints by recipes/merge_and_push.py as a user would. "base" is the bundled model itself, a control: what an engine
+cannot do with that is not the export's doing. Beside every checkpoint lies NAME.reference.safetensors with the adapter's
+logits before merging, prompt ids and greedy continuations.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ from recipes.stdlib_text import held_out_texts, token_blocks, validation_texts
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 BASE = REPOSITORY / "recipes" / "tiny_model"
-KV_HEADS = 4
-GROUPINGS = {"unequal": "asymmetric", "equal": "symmetric"}
+EXPORTS = {
+    "unequal": {"num_key_value_heads": 4, "grouping": "asymmetric"},
+    "equal": {"num_key_value_heads": 4, "grouping": "symmetric"},
+    "wide-unequal": {"num_key_value_heads": 2, "head_dim": 64, "grouping": "asymmetric"},
+    "wide-equal": {"num_key_value_heads": 2, "head_dim": 64, "grouping": "symmetric"},
+}
 NEW_TOKENS = 32
 # Code, prose, and what splits a tokenizer's rules: digits, accents, mixed white space, contractions.
 PROMPTS = (
@@ -49,8 +54,8 @@ def main(folder: Path) -> None:
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     write_reference(folder / "base", base, tokenizer, prompts)
-    for name, grouping in GROUPINGS.items():
-        model = initialised(load_base(), grouping, tokenizer)
+    for name, options in EXPORTS.items():
+        model = initialised(load_base(), options, tokenizer)
         adapter = folder / f"{name}.adapter"
         model.save_pretrained(adapter)
         merge_and_push.main([str(adapter), "--output", str(folder / name), "--dtype", "float32"])
@@ -62,9 +67,9 @@ def load_base() -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
 
 
-def initialised(base: torch.nn.Module, grouping: str, tokenizer) -> torch.nn.Module:
-    """The base wrapped at 4:1, with groups and shared heads from activations."""
-    model = get_peft_model(base, AsymGQAConfig(num_key_value_heads=KV_HEADS, grouping=grouping, task_type="CAUSAL_LM"))
+def initialised(base: torch.nn.Module, options: dict, tokenizer) -> torch.nn.Module:
+    """The base wrapped with these fields of the configuration, groups and shared heads from activations."""
+    model = get_peft_model(base, AsymGQAConfig(task_type="CAUSAL_LM", **options))
     blocks = token_blocks(validation_texts(), tokenizer, 512)[:32]
     initialize_asymgqa_weights(model, blocks.split(8))
     return model.eval()

@@ -1,32 +1,25 @@
-"""CTranslate2, through its own converter for transformers."""
+"""CTranslate2, through its own converter for transformers and our recipe around that."""
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 
 import ctranslate2
 import numpy as np
-from ctranslate2.converters import TransformersConverter
 from transformers import AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-class Converter(TransformersConverter):
-    """Keeps what it converts to: nothing public says how many K/V heads a converted model has."""
-
-    def _load(self):
-        self.spec = super()._load()
-        return self.spec
+from recipes.convert_ctranslate2 import convert  # noqa: E402
 
 
 class Engine:
     version = ctranslate2.__version__
 
     def __init__(self, checkpoint: Path, scratch: Path):
-        converter, converted = Converter(str(checkpoint)), scratch / "ctranslate2"
-        converter.convert(str(converted))
-        declare_unknown_token(converted / "config.json")
-        self.decoder = converter.spec.decoder
+        converted = scratch / "ctranslate2"
+        self.decoder = convert(checkpoint, converted).decoder
         self.generator = ctranslate2.Generator(str(converted), device="cpu", compute_type="float32")
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
@@ -39,16 +32,9 @@ class Engine:
         return self.generator.generate_batch([tokens], **options)[0].sequences_ids[0]
 
     def kv_heads(self) -> int:
-        """The number is only written down where it is not that of the query heads."""
+        """As the converter wrote them: the number is only there where it is not that of the query heads."""
         heads = getattr(self.decoder.layer[0].self_attention, "num_heads_kv", self.decoder.num_heads)
         return int(heads.numpy())
 
     def tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text).input_ids
-
-
-def declare_unknown_token(config: Path) -> None:
-    """For a tokenizer without one the Mistral converter writes null, which loading refuses; Llama's writes this."""
-    values = json.loads(config.read_text())
-    values["unk_token"] = values["unk_token"] or ""
-    config.write_text(json.dumps(values))
