@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,8 @@ from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import TRANSPORT_ERRORS, Conversion, base_licence, check_repo_id, model_card, package_version
+from . import __version__
+from .card import TRANSPORT_ERRORS, Conversion, base_licence, check_repo_id, model_card
 from .files import folder_beside, save_json
 
 PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -39,26 +40,18 @@ _SUPERSEDED = [
 
 
 def push_adapter_to_hub(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    repo_id: str,
-    *,
-    private: bool = True,
-    exist_ok: bool = False,
-    token: str | None = None,
-    **options: object,
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, repo_id: str, **options: object
 ) -> str:
-    """Push the active adapter, with its card, in one commit.
+    """Push the active adapter, with its card, in one commit; returns the repository's URL.
 
     Args:
-        model, tokenizer, **options: as for `save_adapter`.
+        model: the wrapped model.
+        tokenizer: saved along, if given.
         repo_id: "owner/name" of the repository, made if it does not exist.
-        private: whether a new repository is private; an existing public one is then refused.
-        exist_ok: whether to replace what an existing repository holds.
-        token: of the Hub; default is the one logged in with.
-
-    Returns:
-        URL of the repository.
+        **options: those of `save_adapter`, and
+            private: whether a new repository is private (default); an existing public one is then refused.
+            exist_ok: whether to replace what an existing repository holds; default is no.
+            token: of the Hub; default is the one logged in with.
 
     Raises:
         ValueError: for a model without AsymGQA adapter, a base that others cannot load, a bad or taken repository
@@ -66,30 +59,33 @@ def push_adapter_to_hub(
         ConnectionError: if the Hub could not be reached or the push was interrupted; the repository then shows all
             of the push or nothing.
     """
-    check_push_target(repo_id, private=private, exist_ok=exist_ok, token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model, tokenizer, folder, name=repo_id, token=token, **options)
-        return push_folder(folder, repo_id, private=private, exist_ok=exist_ok, token=token)
+    return _push(save_adapter, model, tokenizer, repo_id, **options)
 
 
 def push_merged_to_hub(
-    plain: PreTrainedModel,
+    plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, repo_id: str, **options: object
+) -> str:
+    """Push what `merge_and_unload` returned, with its card, in one commit; returns the repository's URL.
+
+    Arguments and errors are those of `push_adapter_to_hub`, with the options of `save_merged`. The temporary folder
+    ($TMPDIR) needs free space for the model.
+    """
+    return _push(save_merged, plain, tokenizer, repo_id, **options)
+
+
+def _push(
+    save: Callable[..., None],
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     repo_id: str,
-    *,
     private: bool = True,
     exist_ok: bool = False,
     token: str | None = None,
     **options: object,
 ) -> str:
-    """Push what `merge_and_unload` returned, with its card, in one commit.
-
-    Arguments and errors are those of `push_adapter_to_hub`, `options` those of `save_merged`. The temporary folder
-    ($TMPDIR) needs free space for the model.
-    """
     check_push_target(repo_id, private=private, exist_ok=exist_ok, token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_merged(plain, tokenizer, folder, name=repo_id, token=token, **options)
+        save(model, tokenizer, folder, name=repo_id, token=token, **options)
         return push_folder(folder, repo_id, private=private, exist_ok=exist_ok, token=token)
 
 
@@ -103,12 +99,12 @@ def save_adapter(
     token: str | None = None,
     **card: object,
 ) -> None:
-    """Save the active adapter with its card, ready to be pushed; `folder` is written whole or not at all.
+    """Save the active adapter with tokenizer and card, ready to be pushed.
 
     Args:
         model: the wrapped model.
         tokenizer: saved along, if given.
-        folder: a new or empty one.
+        folder: a new or empty one; it is written whole or not at all.
         name: in the card; default is the folder's.
         base_model: "owner/name" of the base, needed if the model was not loaded from the Hub.
         token: of the Hub, for the licence of the base.
@@ -150,10 +146,9 @@ def save_merged(
 ) -> None:
     """Save a merged model with its tokenizer, generation configuration, chat template and card.
 
-    Weights go to disk file by file, without a copy of the model; `folder` is written whole or not at all.
-
-    Arguments are those of `save_adapter`, and `max_shard_size` of `save_pretrained`. The card's `conversion` is what
-    `plain` remembers of its base; a model that was loaded from a file needs one of `Conversion.from_configs`.
+    Weights go to disk file by file, without a copy of the model. Arguments are those of `save_adapter`, and
+    `max_shard_size` of `save_pretrained`. The card's `conversion` is what `plain` remembers of its base; a model that
+    was loaded from a file needs one of `Conversion.from_configs`.
 
     Raises:
         ValueError: for a model that still has an adapter or does not remember its base, or a folder that holds
@@ -162,9 +157,7 @@ def save_merged(
     if isinstance(plain, PeftModel) or not isinstance(plain, PreTrainedModel):
         raise ValueError(f"{type(plain).__name__} is not a merged model: pass what model.merge_and_unload() returns.")
     folder = _checked_empty(folder)
-    if conversion is None:
-        conversion = Conversion.of(plain)
-    conversion = replace(conversion, plain=plain.config)
+    conversion = replace(conversion or Conversion.of(plain), plain=plain.config)
     licence = base_licence(conversion.base_source, conversion.base_revision, token)
     text = model_card(conversion, name=name or folder.name, licence=licence, **card)
     with folder_beside(folder) as beside:
@@ -231,7 +224,7 @@ def push_folder(
     with _clear_errors(repo_id):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         # Not upload_folder: huggingface_hub 2 spreads a large folder over several commits.
-        api.create_commit(repo_id, operations, commit_message=f"Upload with asymgqa_peft {package_version()}")
+        api.create_commit(repo_id, operations, commit_message=f"Upload with asymgqa_peft {__version__}")
     return str(url)
 
 
@@ -299,10 +292,7 @@ def _names_to_upload(folder: Path) -> list[str]:
     """Every file in a folder but hidden ones, by its name in the repository."""
     if not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is not a folder.")
-    files = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            files.append(path.relative_to(folder).as_posix())
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     names = list(filter_repo_objects(files, ignore_patterns=[".*", "*/.*"]))
     pickled = [name for name in names if name.endswith(PICKLED)]
     if pickled:
