@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +35,13 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], progress: bool = Fals
     Raises:
         ValueError: for a malformed batch, before any is computed; or if no token is predicted.
     """
-    total, count = 0.0, 0
-    for batch in tqdm(checked_batches(batches), desc="perplexity", disable=not progress):
+
+    def cross_entropy(batch: dict[str, Tensor]) -> Tensor:
         logits, targets, mask = _predictions(model, batch)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        total += losses.double()[mask.flatten()].sum().item()
-        count += int(mask.sum())
-    _check_predicted(count)
-    return math.exp(total / count)
+        return losses[mask.flatten()]
+
+    return math.exp(_mean_over_tokens(cross_entropy, batches, "perplexity", progress))
 
 
 @torch.no_grad()
@@ -50,19 +51,32 @@ def kl_to_reference(model: nn.Module, reference: nn.Module, batches: Iterable[Ba
     `reference` may be `model` itself: then it is compared with its own base, the adapter disabled. Batches and errors
     are those of `perplexity`.
     """
-    total, count = 0.0, 0
-    for batch in tqdm(checked_batches(batches), desc="KL", disable=not progress):
+    as_reference = nullcontext
+    if reference is model:
+        as_reference = model.disable_adapter
+
+    def divergence(batch: dict[str, Tensor]) -> Tensor:
         logits, _, mask = _predictions(model, batch)
-        if reference is model:
-            with model.disable_adapter():
-                expected, _, _ = _predictions(model, batch)
-        else:
+        with as_reference():
             expected, _, _ = _predictions(reference, batch)
         expected = F.log_softmax(expected.float(), -1).to(logits.device)
         losses = F.kl_div(F.log_softmax(logits.float(), -1), expected, reduction="none", log_target=True).sum(-1)
-        total += losses.double()[mask].sum().item()
-        count += int(mask.sum())
-    _check_predicted(count)
+        return losses[mask]
+
+    return _mean_over_tokens(divergence, batches, "KL", progress)
+
+
+def _mean_over_tokens(
+    losses_of: Callable[[dict[str, Tensor]], Tensor], batches: Iterable[Batch], name: str, progress: bool
+) -> float:
+    """Mean of what `losses_of` gives for the predicted tokens of each batch, (tokens,)."""
+    total, count = 0.0, 0
+    for batch in tqdm(checked_batches(batches), desc=name, disable=not progress):
+        losses = losses_of(batch)
+        total += losses.double().sum().item()
+        count += len(losses)
+    if count == 0:
+        raise ValueError("batches hold no token to predict: give sequences of at least two attended tokens.")
     return total / count
 
 
@@ -76,8 +90,7 @@ def strided_windows(
     want of one, eos) token, so that its first token is scored too.
 
     Args:
-        documents: texts.
-        tokenizer: makes the tokens.
+        documents, tokenizer: texts, and what makes tokens of them.
         length: T, tokens in a window.
         stride: new tokens in a window, less than `length`; fewer give more context and cost more time.
         batch_size: B, windows in a batch, padded on the right.
@@ -90,23 +103,9 @@ def strided_windows(
     """
     if not 0 < stride < length:
         raise ValueError(f"stride={stride} must be at least 1 and less than length={length}: windows have to overlap.")
-    return _batches_of_windows(documents, tokenizer, length, stride, batch_size)
-
-
-def _batches_of_windows(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, stride: int, batch_size: int
-) -> Iterator[dict[str, Tensor]]:
-    # Apart from its caller, because a generator would check its arguments only when the first batch is asked for.
-    pad_token_id = tokenizer.pad_token_id or 0
-    waiting = []
-    for text in documents:
-        for window in _windows(_token_ids(text, tokenizer), length, stride):
-            waiting.append(window)
-            if len(waiting) == batch_size:
-                yield _padded_batch(waiting, pad_token_id)
-                waiting = []
-    if waiting:
-        yield _padded_batch(waiting, pad_token_id)
+    windows = (window for text in documents for window in _windows(_token_ids(text, tokenizer), length, stride))
+    # Apart, because a generator would check its arguments only when the first batch is asked for.
+    return _padded_batches(windows, batch_size, tokenizer.pad_token_id or 0)
 
 
 def kv_cache_bytes_per_token(config_or_model: PretrainedConfig | nn.Module, dtype: torch.dtype) -> int:
@@ -184,23 +183,21 @@ def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[in
         scored = begin + length
 
 
-def _padded_batch(windows: list[tuple[list[int], int]], pad_token_id: int) -> dict[str, Tensor]:
-    shape = (len(windows), max(len(ids) for ids, _ in windows))
-    batch = {
-        "input_ids": torch.full(shape, pad_token_id),
-        "attention_mask": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.full(shape, IGNORED),
-    }
-    for row, (ids, context) in enumerate(windows):
-        batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
-        batch["attention_mask"][row, : len(ids)] = 1
-        batch["labels"][row, context : len(ids)] = torch.tensor(ids[context:])
-    return batch
-
-
-def _check_predicted(count: int) -> None:
-    if count == 0:
-        raise ValueError("batches hold no token to predict: give sequences of at least two attended tokens.")
+def _padded_batches(
+    windows: Iterator[tuple[list[int], int]], batch_size: int, pad_token_id: int
+) -> Iterator[dict[str, Tensor]]:
+    while chosen := list(islice(windows, batch_size)):
+        shape = (len(chosen), max(len(ids) for ids, _ in chosen))
+        batch = {
+            "input_ids": torch.full(shape, pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, IGNORED),
+        }
+        for row, (ids, context) in enumerate(chosen):
+            batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
+            batch["attention_mask"][row, : len(ids)] = 1
+            batch["labels"][row, context : len(ids)] = torch.tensor(ids[context:])
+        yield batch
 
 
 def _greedy(logits: Tensor) -> Tensor:

@@ -76,16 +76,15 @@ class ExportReport:
 
     def rows(self) -> list[dict[str, object]]:
         """One row per model; ratios are to the base."""
-        models = {"base": self.base, "plain": self.plain}
-        if self.other is not None:
-            models["not chosen"] = self.other
-        rows = []
-        for name, model in models.items():
+        rows, base = [], self.base
+        for name, model in (("base", base), ("plain", self.plain), ("not chosen", self.other)):
+            if model is None:
+                continue
             row = {"model": name, **asdict(model)}
-            row["parameters / base"] = model.parameters / self.base.parameters
-            row["kv_bytes / base"] = model.kv_bytes_per_token / self.base.kv_bytes_per_token
-            ratio = model.prefill_flops_per_token / self.base.prefill_flops_per_token
-            row[f"prefill_flops / base, {self.prompt_tokens:,} tokens"] = ratio
+            row["parameters / base"] = model.parameters / base.parameters
+            row["kv_bytes / base"] = model.kv_bytes_per_token / base.kv_bytes_per_token
+            prefill = f"prefill_flops / base, {self.prompt_tokens:,} tokens"
+            row[prefill] = model.prefill_flops_per_token / base.prefill_flops_per_token
             row[f"bytes with {self.cached_tokens:,} cached tokens"] = model.total_bytes(self.cached_tokens)
             rows.append(row)
         return rows
@@ -142,11 +141,9 @@ def export_report(
         prompt_tokens = min(PROMPT_TOKENS, plan.base.config.max_position_embeddings)
     if prompt_tokens < 1:
         raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1: give the length of a prompt.")
-    dtype = model.dtype
-    other = None
-    if plan.other is not None:
-        other = _footprint(plan.other, dtype, prompt_tokens)
-    base, plain = _footprint(plan.base, dtype, prompt_tokens), _footprint(plan.plain, dtype, prompt_tokens)
+    base, plain, other = (
+        _footprint(stock, model.dtype, prompt_tokens) for stock in (plan.base, plan.plain, plan.other)
+    )
     return ExportReport(base, plain, other, cached_tokens, prompt_tokens)
 
 
@@ -171,8 +168,10 @@ def _plan_of(model: PeftModel | PreTrainedModel, duplicate_kv_heads: bool, cache
     return plan
 
 
-def _footprint(stock: StockModel, dtype: torch.dtype, prompt_tokens: int) -> Footprint:
+def _footprint(stock: StockModel | None, dtype: torch.dtype, prompt_tokens: int) -> Footprint | None:
     """Counted on an empty instance, so that models without weights here are counted as the one with them."""
+    if stock is None:
+        return None
     with init_empty_weights():
         empty = stock.model_class(stock.config)
     empty.tie_weights()  # out here: that context makes a new parameter of every one that is set

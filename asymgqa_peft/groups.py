@@ -63,13 +63,18 @@ class HeadGroups:
         Raises:
             ValueError: unless every layer partitions ``range(base_kv_heads)`` into ``num_key_value_heads`` groups.
         """
-        validate_nesting(head_groups)
+        validate_nesting(head_groups, num_key_value_heads)
         if len(head_groups) != num_layers:
             raise ValueError(
                 f"head_groups has {len(head_groups)} layers, the model has {num_layers}: give one partition per layer."
             )
         for index, partition in enumerate(head_groups):
-            _check_partition(index, partition, base_kv_heads, num_key_value_heads)
+            heads = sorted(head for group in partition for head in group)
+            if heads != list(range(base_kv_heads)):
+                raise ValueError(
+                    f"head_groups[{index}] must hold each base KV head 0..{base_kv_heads - 1} exactly once, got "
+                    f"{_short(heads)}."
+                )
         layers = tuple(tuple(tuple(sorted(group)) for group in partition) for partition in head_groups)
         return cls(layers, base_kv_heads)
 
@@ -109,29 +114,23 @@ class HeadGroups:
         return max(max(self.sizes(layer)) for layer in range(len(self.layers)))
 
 
-def validate_nesting(head_groups: object) -> None:
-    """Raise ValueError unless ``head_groups`` is a list (layer) of lists (group) of lists of int."""
-    if not _is_list(head_groups) or not head_groups:
+def validate_nesting(head_groups: object, num_groups: int) -> None:
+    """Raise ValueError unless ``head_groups`` is a list (layer) of ``num_groups`` lists (group) of one int or more."""
+    if not isinstance(head_groups, list | tuple) or not head_groups:
         raise ValueError(f"head_groups must be a list with one partition per layer, got {_short(head_groups)}.")
     for index, partition in enumerate(head_groups):
-        if not _is_list(partition) or not all(_is_list(group) for group in partition):
-            raise ValueError(f"head_groups[{index}] must be a list of lists of int, got {_short(partition)}.")
+        where = f"head_groups[{index}]"
+        if not isinstance(partition, list | tuple) or not all(isinstance(group, list | tuple) for group in partition):
+            raise ValueError(f"{where} must be a list of lists of int, got {_short(partition)}.")
         for head in (head for group in partition for head in group):
             if isinstance(head, bool) or not isinstance(head, int):
-                raise ValueError(f"head_groups[{index}] must hold base KV head indices (int), got {_short(head)}.")
-
-
-def _check_partition(layer: int, partition: Sequence[Sequence[int]], base_kv_heads: int, num_groups: int) -> None:
-    where = f"head_groups[{layer}]"
-    if len(partition) != num_groups:
-        raise ValueError(f"{where} has {len(partition)} groups, num_key_value_heads is {num_groups}: make them equal.")
-    if any(len(group) == 0 for group in partition):
-        raise ValueError(f"{where} has an empty group: every shared K/V head needs at least one base KV head.")
-    heads = sorted(head for group in partition for head in group)
-    if heads != list(range(base_kv_heads)):
-        raise ValueError(
-            f"{where} must hold each base KV head 0..{base_kv_heads - 1} exactly once, got {_short(heads)}."
-        )
+                raise ValueError(f"{where} must hold base KV head indices (int), got {_short(head)}.")
+        if len(partition) != num_groups:
+            raise ValueError(
+                f"{where} has {len(partition)} groups, num_key_value_heads is {num_groups}: make them equal."
+            )
+        if not all(partition):
+            raise ValueError(f"{where} has an empty group: every shared K/V head needs at least one base KV head.")
 
 
 def split_evenly(heads: Sequence[int], num_groups: int) -> Partition:
@@ -147,10 +146,10 @@ def default_max_group_size(num_attention_heads: int, base_kv_heads: int, num_key
     2 G cap H/K + 2 G <= 2 H + 2 K, the base's own count in units of D * E. It is never below ceil(K / G), the
     least that any partition needs.
     """
-    queries_per_kv = num_attention_heads // base_kv_heads
-    wished = math.ceil(1.5 * base_kv_heads / num_key_value_heads)
-    affordable = (num_attention_heads + base_kv_heads - num_key_value_heads) // (num_key_value_heads * queries_per_kv)
-    return max(math.ceil(base_kv_heads / num_key_value_heads), min(wished, affordable))
+    group_slots = num_key_value_heads * (num_attention_heads // base_kv_heads)
+    affordable = (num_attention_heads + base_kv_heads - num_key_value_heads) // group_slots
+    least, wished = (math.ceil(factor * base_kv_heads / num_key_value_heads) for factor in (1, 1.5))
+    return max(least, min(wished, affordable))
 
 
 def query_heads(group: Sequence[int], queries_per_kv: int) -> list[int]:
@@ -179,15 +178,8 @@ def slot_layout(partition: Partition, queries_per_kv: int, slots_per_kv: int | N
     if keep_order:
         kv_source = [kv_source[head_of_slot.index(head)] for head in range(len(head_of_slot))]
         head_of_slot = list(range(len(head_of_slot)))
-    slot_of_head = [0] * sum(len(heads) for heads in members)
-    for slot, head in enumerate(head_of_slot):
-        if head >= 0:
-            slot_of_head[head] = slot
-    return SlotLayout(slots_per_kv, tuple(kv_source), tuple(head_of_slot), tuple(slot_of_head))
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple)
+    slot_of_head = tuple(head_of_slot.index(head) for head in range(max(head_of_slot) + 1))
+    return SlotLayout(slots_per_kv, tuple(kv_source), tuple(head_of_slot), slot_of_head)
 
 
 def _short(value: object) -> str:

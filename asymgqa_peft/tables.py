@@ -13,8 +13,7 @@ def markdown_table(rows: Rows, aligned: bool = False) -> str:
     lines = _formatted(rows)
     if aligned:
         lines = _padded(lines)
-    rule = ["-" * max(3, len(name)) for name in lines[0]]
-    lines.insert(1, rule)
+    lines.insert(1, ["-" * max(3, len(name)) for name in lines[0]])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -38,21 +37,14 @@ def format_value(value: object) -> str:
 def _formatted(rows: Rows) -> list[list[str]]:
     """Names of the columns, then the cells of every row."""
     columns = list(rows[0])
-    lines = [columns]
-    for row in rows:
-        lines.append([format_value(row.get(column)) for column in columns])
-    return lines
+    return [columns, *([format_value(row.get(column)) for column in columns] for row in rows)]
 
 
 def _padded(lines: list[list[str]]) -> list[list[str]]:
     """Cells as wide as their column's widest: the first column flush left, all others flush right."""
-    widths = [0] * len(lines[0])
-    for line in lines:
-        for column, cell in enumerate(line):
-            widths[column] = max(widths[column], len(cell))
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     padded = []
     for first, *others in lines:
-        padded.append([first.ljust(widths[0])])
-        for width, cell in zip(widths[1:], others, strict=True):
-            padded[-1].append(cell.rjust(width))
+        right = [cell.rjust(width) for width, cell in zip(widths[1:], others, strict=True)]
+        padded.append([first.ljust(widths[0]), *right])
     return padded

@@ -69,30 +69,24 @@ class AsymGQATrainer(SFTTrainer):
         self.kv_learning_rate_scale = float(kv_learning_rate_scale)
         self._output_layer_is_checked = False
         # Tokens and STATISTICS since the last log, in float64 on the host.
-        self._running_sums = {
-            mode: torch.zeros(1 + len(STATISTICS), dtype=torch.float64) for mode in ("train", "eval")
-        }
+        empty = torch.zeros(1 + len(STATISTICS), dtype=torch.float64)
+        self._running_sums = {"train": empty, "eval": empty.clone()}
         # On a quantised base SFTTrainer rounds trainable parameters to bf16 by giving them new storage. These
         # references keep the exact values alive; nothing is copied.
         model = args[0] if args else kwargs.get("model")
         exact_values = {}
         if isinstance(model, PeftModel):
-            for name, parameter in _shared_head_parameters(model):
-                exact_values[name] = parameter.data
+            exact_values = {name: parameter.data for name, parameter in _shared_head_parameters(model)}
         super().__init__(*args, **kwargs)
-        self._train_shared_heads_in_float32(exact_values)
-        if self.distillation_weight > 0:
-            self._check_distillable()
-
-    def _train_shared_heads_in_float32(self, exact_values: dict[str, Tensor]) -> None:
         # bf16 would swallow most steps of a usual size. ZeRO-3 gathers into buffers of one dtype, so there they keep
         # the dtype of the others.
-        if self.is_deepspeed_enabled:
-            return
-        for name, parameter in _shared_head_parameters(self.model):
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                values = exact_values.get(name, parameter.data)
-                parameter.data = values.to(parameter.device, torch.float32)
+        if not self.is_deepspeed_enabled:
+            for name, parameter in _shared_head_parameters(self.model):
+                if parameter.requires_grad and parameter.dtype != torch.float32:
+                    values = exact_values.get(name, parameter.data)
+                    parameter.data = values.to(parameter.device, torch.float32)
+        if self.distillation_weight > 0:
+            self._check_distillable()
 
     def _check_distillable(self) -> None:
         if not isinstance(getattr(self.model, "base_model", None), BaseTuner):
@@ -100,7 +94,7 @@ class AsymGQATrainer(SFTTrainer):
                 f"distillation_weight={self.distillation_weight} needs an adapter to switch off for the teacher, got "
                 f"{type(self.model).__name__}: pass a PeftModel or peft_config, or distillation_weight=0."
             )
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        parallelism = self.accelerator.parallelism_config
         splits_sequences = parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)
         undefined = {
             "loss_type": self.args.loss_type != "nll",
@@ -188,7 +182,7 @@ class AsymGQATrainer(SFTTrainer):
         seen = inputs["input_ids"].numel()
         if "attention_mask" in inputs:
             seen = inputs["attention_mask"].sum()
-        counts = torch.stack([sums.statistics.new_tensor(float(seen)), sums.statistics.new_tensor(float(sums.tokens))])
+        counts = sums.statistics.new_tensor([float(seen), float(sums.tokens)])
         # One gather over ranks and one copy to the host for all numbers.
         numbers = self.accelerator.gather(torch.cat([counts, sums.statistics])[None]).sum(0).cpu().double()
         self._running_sums[self._mode] += numbers[1:]
@@ -230,21 +224,13 @@ def split_shared_groups(optimizer: torch.optim.Optimizer, model: nn.Module, scal
     Raises:
         ValueError: if the optimizer does not hold the shared parameters in groups (layer-wise optimizers).
     """
-    shared = set()
-    for _, parameter in _shared_head_parameters(model):
-        if parameter.requires_grad:
-            shared.add(id(parameter))
+    shared = {id(parameter) for _, parameter in _shared_head_parameters(model) if parameter.requires_grad}
     found = set()
     for group in list(optimizer.param_groups):
-        moved, kept = [], []
-        for parameter in group["params"]:
-            if id(parameter) in shared:
-                moved.append(parameter)
-            else:
-                kept.append(parameter)
+        moved = [parameter for parameter in group["params"] if id(parameter) in shared]
         found.update(map(id, moved))
         if moved:
-            group["params"] = kept
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in shared]
             optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * scale})
     if found != shared:
         raise ValueError(
@@ -333,8 +319,9 @@ def _output_modules(model: PeftModel) -> tuple[nn.Module, nn.Module]:
 def describe_output_layer(module: nn.Linear, softcap: float | None, hidden_dtype: torch.dtype) -> OutputLayer:
     """A linear output layer in the dtype in which the model itself runs it on hidden states of `hidden_dtype`."""
     weight, bias = module.weight, module.bias
-    if not _holds_plain_weight(module):
-        # What the layer makes of the identity is right for every kind of quantisation and sharding.
+    if not weight.is_floating_point() or weight.shape != (module.out_features, module.in_features):
+        # Packed, or a shard that is not gathered at the moment. What the layer makes of the identity is right for
+        # every kind of quantisation and sharding.
         with torch.no_grad():
             columns = module(torch.eye(module.in_features, dtype=hidden_dtype, device=weight.device))
             if bias is not None:
@@ -346,11 +333,6 @@ def describe_output_layer(module: nn.Linear, softcap: float | None, hidden_dtype
     if bias is not None:
         bias = bias.to(dtype)
     return OutputLayer(weight.to(dtype), bias, softcap)
-
-
-def _holds_plain_weight(module: nn.Linear) -> bool:
-    """Whether `weight` is the (V, E) matrix: not packed, nor a shard that is not gathered at the moment."""
-    return module.weight.is_floating_point() and module.weight.shape == (module.out_features, module.in_features)
 
 
 def _check_logits(module: nn.Linear, expected: Tensor, logits: Tensor) -> None:
@@ -379,11 +361,8 @@ def _unfit_output_layer(module: nn.Module | None, found: str) -> ValueError:
 
 
 def _next_token_rows(values: Tensor, labels: Tensor) -> Tensor:
-    """(B, T, X), (B, T - 1) -> (N, X): the rows that predict a label other than -100."""
+    """(B, T, E), (B, T - 1) -> (N, E): the rows that predict a label other than -100."""
     return values[:, :-1][(labels != -100).to(values.device)]
-
-
-# ---- Helpers ----
 
 
 def _shared_head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
