@@ -46,7 +46,8 @@ def grouped_sdpa(
     grouped_step = query.shape[2] == 1 and query.shape[1] != key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
     if not grouped_step or not one_mask or any(kwargs.get(name) is not None for name in _SPECIAL):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        kwargs |= {"dropout": dropout, "scaling": scaling}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     folded = fold(query, key.shape[1])
     out = F.scaled_dot_product_attention(folded, key, value, attention_mask, dropout, scale=scaling)
     return out.reshape(query.shape).transpose(1, 2).contiguous(), None

@@ -168,28 +168,30 @@ def model_card(
         evaluation = []
     if not isinstance(evaluation, list | tuple) or not all(isinstance(row, Mapping) and row for row in evaluation):
         raise ValueError(f'evaluation={evaluation!r} must be rows, e.g. [{{"model": "base", "perplexity": 38.3}}].')
-    facts = {"quality": "Not stated.", "calibration": calibration_data or "not stated"}
-    if evaluation:
-        facts["quality"] = markdown_table(evaluation)
-    if report is not None:
-        facts["calibration"] += f" ({report.tokens:,} tokens)"
-        cost, neighbours = sum(report.costs), sum(report.neighbour_costs)
-        facts["outcome"] = [f"Cost of the groups: {cost:.4g} (of contiguous ones: {neighbours:.4g})", *report.notes]
-    adapter = conversion.adapter
-    options = [f"{key}={getattr(adapter, key)!r}" for key in ("grouping", "criterion", "merge", "refit_output")]
+    base, shape, converted = conversion.base, conversion.shape, conversion.converted_shape
+    base_class = this_class = (base.architectures or [base.model_type])[0]  # an adapter changes no class
+    if conversion.plain is not None:
+        this_class = conversion.plain.architectures[0]
+    before = kv_cache_bytes_per_token(base, conversion.dtype)
     card = ModelCard.from_template(
         _metadata(conversion, licence or {}),
         template_path=str(Path(__file__).with_name("model_card.md")),
-        name=name,
+        conversion=conversion,
+        adapter=conversion.adapter,
+        shape=shape,
+        converted=converted,
+        base_class=base_class,
+        this_class=this_class,
+        bytes_before=before,
+        bytes_after=before * converted.base_kv_heads * converted.head_dim // (shape.base_kv_heads * shape.head_dim),
         base=_base_text(conversion),
-        is_adapter=conversion.plain is None,
-        version=__version__,
-        revision=conversion.base_revision or "not stated",
-        options=f"{', '.join(options)}, LoRA rank {adapter.r}",
-        recovery=recovery_data or "not stated",
         groups=_groups_text(conversion.groups),
-        **_head_facts(conversion),
-        **facts,
+        name=name,
+        report=report,
+        evaluation=markdown_table(evaluation) if evaluation else None,
+        calibration_data=calibration_data,
+        recovery_data=recovery_data,
+        version=__version__,
     )
     return f"{card}\n"  # the one at the end of the template is not rendered
 
@@ -235,38 +237,6 @@ def _metadata(conversion: Conversion, licence: Mapping[str, str]) -> ModelCardDa
     if conversion.base_model:
         metadata.base_model, metadata.base_model_relation = conversion.base_model, relation
     return metadata
-
-
-def _head_facts(conversion: Conversion) -> dict[str, object]:
-    """What the card says of heads and cache."""
-    base, shape, converted = conversion.base, conversion.shape, conversion.converted_shape
-    before = kv_cache_bytes_per_token(base, conversion.dtype)
-    after = before // (shape.base_kv_heads * shape.head_dim) * (converted.base_kv_heads * converted.head_dim)
-    cache = "a KV cache as large as before"
-    if after < before:
-        cache = f"a KV cache of {after / before:.0%} of the base's"
-    base_class = this_class = (base.architectures or [base.model_type])[0]  # an adapter changes no class
-    if conversion.plain is not None:
-        this_class = conversion.plain.architectures[0]
-    shared, layers = conversion.adapter.num_key_value_heads, base.num_hidden_layers
-    dtype = str(conversion.dtype).removeprefix("torch.")
-    table = [
-        ("class", base_class, this_class),
-        ("layers", layers, layers),
-        ("query heads", shape.num_attention_heads, shape.num_attention_heads),
-        ("query slots, empty ones included", shape.num_attention_heads, converted.num_attention_heads),
-        ("distinct K/V heads per layer", shape.base_kv_heads, shared),
-        ("K/V heads per layer in the cache", shape.base_kv_heads, converted.base_kv_heads),
-        ("head dimension", shape.head_dim, converted.head_dim),
-        (f"KV cache, bytes per token ({dtype})", before, after),
-    ]
-    rows = [dict(zip(("", "base", "this model"), row, strict=True)) for row in table]
-    return {
-        "heads": markdown_table(rows),
-        "shared_heads": shared,
-        "base_heads": shape.base_kv_heads,
-        "cache": cache,
-    }
 
 
 def _groups_text(groups: HeadGroups) -> str:

@@ -94,7 +94,7 @@ class AsymGQAConfig(LoraConfig):
         self._check_lora()
         if self.head_groups is not None:
             validate_nesting(self.head_groups, self.num_key_value_heads)
-            self.head_groups = [[list(group) for group in partition] for partition in self.head_groups]
+            self.head_groups = [list(map(list, partition)) for partition in self.head_groups]
 
     @property
     def promises_initialization(self) -> bool:

@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -89,14 +90,9 @@ def strided_windows(
     label -100. A window holds one document: none sees another. Each document starts with the tokenizer's bos (or, for
     want of one, eos) token, so that its first token is scored too.
 
-    Args:
-        documents, tokenizer: texts, and what makes tokens of them.
-        length: T, tokens in a window.
-        stride: new tokens in a window, less than `length`; fewer give more context and cost more time.
-        batch_size: B, windows in a batch, padded on the right.
-
     Returns:
-        Dicts of `input_ids`, `attention_mask` and `labels`, each (B, T), for `perplexity` and `kl_to_reference`.
+        Dicts of `input_ids`, `attention_mask` and `labels`, each (B, T), for `perplexity` and `kl_to_reference`, with
+        B up to `batch_size` and T up to `length`, padded on the right.
 
     Raises:
         ValueError: unless 0 < stride < length.
@@ -109,14 +105,10 @@ def strided_windows(
 
 
 def kv_cache_bytes_per_token(config_or_model: PretrainedConfig | nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that the cache holds for one token, over all layers.
+    """Bytes of keys and values that a cache of `dtype` holds for one token, over all layers.
 
-    In each layer they are 2 * stored K/V heads * head dimension * bytes of a number: `num_key_value_heads * head_dim`
-    of a configuration, and under an adapter what its layers store.
-
-    Args:
-        config_or_model: a stock configuration, a plain model, or a wrapped one (then with the adapter in effect).
-        dtype: of the cache, normally the model's.
+    In each layer 2 * stored K/V heads * head dimension * bytes of a number: of a stock configuration its
+    `num_key_value_heads * head_dim`, of a model what its layers store, with the adapter in effect if it is wrapped.
     """
     if isinstance(config_or_model, PretrainedConfig):
         shape = head_shape(config_or_model)
@@ -124,8 +116,7 @@ def kv_cache_bytes_per_token(config_or_model: PretrainedConfig | nn.Module, dtyp
     else:
         numbers = 0
         for site in attention_sites(config_or_model):
-            heads, head_dim = site.cached_heads()
-            numbers += heads * head_dim
+            numbers += math.prod(site.cached_heads())
     return 2 * numbers * dtype.itemsize
 
 
@@ -135,17 +126,18 @@ def decode_speed(
 ) -> float:
     """Tokens generated per second by greedy decoding after a prefill of `context` random tokens, median of repeats."""
     device = next(model.parameters()).device
+    synchronize = torch.get_device_module(device).synchronize
     prompt = torch.randint(0, model.config.vocab_size, (batch_size, context), device=device)
     speeds = []
     with evaluating(model):
         for _ in range(repeats):
             cache = DynamicCache(config=model.config)
-            token = _greedy(model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits)
-            _synchronize(device)
+            token = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            synchronize()
             start = time.perf_counter()
             for _ in range(new_tokens):
-                token = _greedy(model(token, past_key_values=cache, use_cache=True).logits)
-            _synchronize(device)
+                token = model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+            synchronize()
             speeds.append(batch_size * new_tokens / (time.perf_counter() - start))
     return sorted(speeds)[repeats // 2]
 
@@ -187,23 +179,14 @@ def _padded_batches(
     windows: Iterator[tuple[list[int], int]], batch_size: int, pad_token_id: int
 ) -> Iterator[dict[str, Tensor]]:
     while chosen := list(islice(windows, batch_size)):
-        shape = (len(chosen), max(len(ids) for ids, _ in chosen))
-        batch = {
-            "input_ids": torch.full(shape, pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORED),
+        ids, attended, labels = [], [], []
+        for window, context in chosen:
+            ids.append(torch.tensor(window))
+            attended.append(torch.ones_like(ids[-1]))
+            labels.append(ids[-1].clone())
+            labels[-1][:context] = IGNORED
+        yield {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+            "attention_mask": pad_sequence(attended, batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         }
-        for row, (ids, context) in enumerate(chosen):
-            batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
-            batch["attention_mask"][row, : len(ids)] = 1
-            batch["labels"][row, context : len(ids)] = torch.tensor(ids[context:])
-        yield batch
-
-
-def _greedy(logits: Tensor) -> Tensor:
-    return logits[:, -1:].argmax(-1)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

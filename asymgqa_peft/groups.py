@@ -7,6 +7,7 @@ import random
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 Group = tuple[int, ...]
 Partition = tuple[Group, ...]
@@ -20,8 +21,8 @@ class SlotLayout:
     ``slots_per_kv`` has its K/V head stored more than once.
 
     Attributes:
-        slots_per_kv: p, query slots per stored K/V head.
-        kv_source: for each stored K/V head, the group it holds. Length ``kv_heads``.
+        slots_per_kv: p.
+        kv_source: for each stored K/V head, the group it holds.
         head_of_slot: for each slot its query head, or -1 for an empty slot. Length ``kv_heads * slots_per_kv``.
         slot_of_head: for each query head its slot. Length H.
     """
@@ -68,15 +69,16 @@ class HeadGroups:
             raise ValueError(
                 f"head_groups has {len(head_groups)} layers, the model has {num_layers}: give one partition per layer."
             )
+        layers = []
         for index, partition in enumerate(head_groups):
-            heads = sorted(head for group in partition for head in group)
+            heads = sorted(chain(*partition))
             if heads != list(range(base_kv_heads)):
                 raise ValueError(
                     f"head_groups[{index}] must hold each base KV head 0..{base_kv_heads - 1} exactly once, got "
                     f"{_short(heads)}."
                 )
-        layers = tuple(tuple(tuple(sorted(group)) for group in partition) for partition in head_groups)
-        return cls(layers, base_kv_heads)
+            layers.append(tuple(tuple(sorted(group)) for group in partition))
+        return cls(tuple(layers), base_kv_heads)
 
     @classmethod
     def neighbour(cls, num_layers: int, base_kv_heads: int, num_key_value_heads: int) -> HeadGroups:
@@ -97,11 +99,11 @@ class HeadGroups:
 
     def to_lists(self) -> list[list[list[int]]]:
         """Nested lists that survive JSON."""
-        return [[list(group) for group in partition] for partition in self.layers]
+        return [list(map(list, partition)) for partition in self.layers]
 
     def sizes(self, layer: int) -> tuple[int, ...]:
         """Group sizes of one layer, in base KV heads."""
-        return tuple(len(group) for group in self.layers[layer])
+        return tuple(map(len, self.layers[layer]))
 
     @property
     def num_key_value_heads(self) -> int:
@@ -111,7 +113,7 @@ class HeadGroups:
     @property
     def max_group_size(self) -> int:
         """Size of the largest group of all layers, in base KV heads."""
-        return max(max(self.sizes(layer)) for layer in range(len(self.layers)))
+        return max(map(len, chain(*self.layers)))
 
 
 def validate_nesting(head_groups: object, num_groups: int) -> None:
@@ -122,7 +124,7 @@ def validate_nesting(head_groups: object, num_groups: int) -> None:
         where = f"head_groups[{index}]"
         if not isinstance(partition, list | tuple) or not all(isinstance(group, list | tuple) for group in partition):
             raise ValueError(f"{where} must be a list of lists of int, got {_short(partition)}.")
-        for head in (head for group in partition for head in group):
+        for head in chain(*partition):
             if isinstance(head, bool) or not isinstance(head, int):
                 raise ValueError(f"{where} must hold base KV head indices (int), got {_short(head)}.")
         if len(partition) != num_groups:
@@ -135,8 +137,12 @@ def validate_nesting(head_groups: object, num_groups: int) -> None:
 
 def split_evenly(heads: Sequence[int], num_groups: int) -> Partition:
     """Split ``heads`` in order into ``num_groups`` groups whose sizes differ by at most one."""
-    bounds = [len(heads) * group // num_groups for group in range(num_groups + 1)]
-    return tuple(tuple(sorted(heads[start:end])) for start, end in zip(bounds, bounds[1:], strict=False))
+    groups, start = [], 0
+    for group in range(1, num_groups + 1):
+        end = len(heads) * group // num_groups
+        groups.append(tuple(sorted(heads[start:end])))
+        start = end
+    return tuple(groups)
 
 
 def default_max_group_size(num_attention_heads: int, base_kv_heads: int, num_key_value_heads: int) -> int:
@@ -148,8 +154,8 @@ def default_max_group_size(num_attention_heads: int, base_kv_heads: int, num_key
     """
     group_slots = num_key_value_heads * (num_attention_heads // base_kv_heads)
     affordable = (num_attention_heads + base_kv_heads - num_key_value_heads) // group_slots
-    least, wished = (math.ceil(factor * base_kv_heads / num_key_value_heads) for factor in (1, 1.5))
-    return max(least, min(wished, affordable))
+    wished = math.ceil(1.5 * base_kv_heads / num_key_value_heads)
+    return max(math.ceil(base_kv_heads / num_key_value_heads), min(wished, affordable))
 
 
 def query_heads(group: Sequence[int], queries_per_kv: int) -> list[int]:
@@ -158,17 +164,14 @@ def query_heads(group: Sequence[int], queries_per_kv: int) -> list[int]:
 
 
 def slot_layout(partition: Partition, queries_per_kv: int, slots_per_kv: int | None = None) -> SlotLayout:
-    """Lay one layer's groups out as GQA slots (design: unequal groups as ordinary GQA).
+    """Lay one layer's groups out as GQA slots, for r = H / K query heads per KV head.
 
-    Args:
-        partition: the layer's groups of base KV heads.
-        queries_per_kv: r = H / K.
-        slots_per_kv: p; default is the largest group's query heads, so that each group is stored once. With a
-            smaller p a large group's K/V head is stored ceil(size / p) times; p = 1 is the MHA shape.
+    p = ``slots_per_kv`` is by default the largest group's query heads, so that each group is stored once. With a
+    smaller p a large group's K/V head is stored ceil(size / p) times; p = 1 is the MHA shape.
     """
     members = [query_heads(group, queries_per_kv) for group in partition]
     keep_order = slots_per_kv == 1  # MHA shape: keep the base's order of heads, nothing has to move
-    slots_per_kv = slots_per_kv or max(len(heads) for heads in members)
+    slots_per_kv = slots_per_kv or max(map(len, members))
     kv_source: list[int] = []
     head_of_slot: list[int] = []
     for group, heads in enumerate(members):

@@ -23,7 +23,7 @@ from . import __version__
 from .card import TRANSPORT_ERRORS, Conversion, base_licence, check_repo_id, model_card
 from .files import folder_beside, save_json
 
-PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+PICKLED = ["*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth"]
 """File types that run code when they are loaded, and are not pushed."""
 
 # What an earlier push may have left, and a loader would find beside or instead of the new files.
@@ -292,11 +292,11 @@ def _names_to_upload(folder: Path) -> list[str]:
     """Every file in a folder but hidden ones, by its name in the repository."""
     if not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is not a folder.")
-    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = sorted(filter(Path.is_file, folder.rglob("*")))
+    files = [path.relative_to(folder).as_posix() for path in paths]
     names = list(filter_repo_objects(files, ignore_patterns=[".*", "*/.*"]))
-    pickled = [name for name in names if name.endswith(PICKLED)]
-    if pickled:
+    if pickled := list(filter_repo_objects(names, allow_patterns=PICKLED)):
         raise ValueError(f"{', '.join(pickled)} would run code when loaded: save as safetensors, remove them.")
-    if not any(name.endswith(".safetensors") for name in names):
+    if not list(filter_repo_objects(names, allow_patterns="*.safetensors")):
         raise ValueError(f"folder={str(folder)!r} holds no safetensors weights: save a model there first.")
     return names

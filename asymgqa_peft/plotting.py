@@ -7,7 +7,8 @@ without pyplot: no global backend is chosen or changed, nothing stays open. Need
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def plot_similarities(
     Raises:
         ValueError: unless the partition holds every one of the K heads once.
     """
-    order = [head for group in partition for head in group]
+    order = list(chain(*partition))
     ordered = []
     for given in (before, after):
         matrix = torch.as_tensor(given, dtype=torch.float64, device="cpu")
@@ -98,18 +99,17 @@ def plot_quality(points: Sequence[Mapping[str, Any]], path: str | Path) -> list[
         ValueError: if there is no point, or one lacks a key.
     """
     arms = _collect_arms(points)
-    inside, height = len(arms) <= INSIDE, 4.5
-    if not inside:
-        height += 0.1 * len(arms)  # the legend goes below
-    axes = _new_figure(height).subplots()
-    measured = []
-    for index, (arm, line) in enumerate(arms.items()):
-        _draw_line(axes, index, arm, sorted(line))
-        measured += line
-        if len(line) == 1:
-            axes.axhline(line[0][1], color=COLOURS[index % len(COLOURS)], linewidth=1, linestyle="--", zorder=0)
-    _scale_quality(axes, measured)
-    _add_legend_and_grid(axes, inside)
+    axes = _draw_lines(arms, "perplexity")
+    for drawn, points_of_arm in zip(axes.get_lines(), arms.values(), strict=True):
+        if len(points_of_arm) == 1:
+            level = points_of_arm[0][1]
+            axes.axhline(level, color=drawn.get_color(), linewidth=1, linestyle="--", zorder=0)
+    sizes = sorted({size for size, _ in chain(*arms.values())})
+    if sizes[0] > 0 and len(sizes) > 1:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, _labels_apart(sizes))
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("KV cache, KiB per token")
     return _save(axes.figure, path)
 
 
@@ -132,14 +132,10 @@ def plot_losses(
     """
     if not curves:
         raise ValueError("curves is empty: give at least one log_history.")
-    with_tokens = all(_counts_tokens(log, key) for log in curves.values())
+    with_tokens = _counts_tokens(chain(*curves.values()), key)
     # All curves are checked before the first is drawn.
     lines = {name: _loss_curve(name, log, key, with_tokens) for name, log in curves.items()}
-    axes = _new_figure(height=4.5).subplots()
-    losses = []
-    for index, (name, line) in enumerate(lines.items()):
-        _draw_line(axes, index, name, line, markevery=max(1, len(line) // CURVE_MARKS))
-        losses += [loss for _, loss in line if math.isfinite(loss)]
+    axes = _draw_lines(lines, key.replace("_", " "))
     axes.set_xlim(left=0)
     axes.set_xlabel("steps")
     if with_tokens:
@@ -147,9 +143,6 @@ def plot_losses(
 
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1 500 000 as "1.5M"
-    axes.set_ylabel(f"{key.replace('_', ' ')} (lower is better)")
-    _scale_by_factor(axes, losses)
-    _add_legend_and_grid(axes)
     return _save(axes.figure, path)
 
 
@@ -158,7 +151,7 @@ def _draw_sizes(axes: Axes, head_groups: list[list[list[int]]]) -> None:
     from matplotlib import colormaps
 
     sizes = [sorted(map(len, partition), reverse=True) for partition in head_groups]
-    largest = max(layer[0] for layer in sizes)
+    largest = max(map(max, sizes))
     for index, layer in enumerate(sizes):
         start = 0
         for size in layer:
@@ -213,21 +206,22 @@ def _label_heads(axes: Axes, order: Sequence[int]) -> None:
 
 
 def _collect_arms(points: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
-    """(bytes, perplexity) of every arm, arms in order of appearance."""
+    """(bytes, perplexity) of every arm in order of size, arms in order of appearance."""
     arms: dict[str, Curve] = {}
     for index, point in enumerate(points):
-        missing = [key for key in POINT_KEYS if key not in point]
-        if missing:
+        if missing := sorted(set(POINT_KEYS) - point.keys()):
             raise ValueError(f"points[{index}] lacks {', '.join(missing)}: every point needs {', '.join(POINT_KEYS)}.")
         arms.setdefault(point["arm"], []).append((float(point["kv_bytes_per_token"]), float(point["perplexity"])))
     if not arms:
         raise ValueError("points is empty: give at least one measured arm.")
+    for line in arms.values():
+        line.sort()
     return arms
 
 
-def _counts_tokens(log: Sequence[Any], key: str) -> bool:
+def _counts_tokens(entries: Iterable[Any], key: str) -> bool:
     """Whether no entry is a pair (step, loss), and each that has the loss says after how many tokens."""
-    return all(isinstance(entry, Mapping) and (key not in entry or "num_tokens" in entry) for entry in log)
+    return all(isinstance(entry, Mapping) and (key not in entry or "num_tokens" in entry) for entry in entries)
 
 
 def _loss_curve(name: str, log: Sequence[Any], key: str, with_tokens: bool) -> Curve:
@@ -257,23 +251,33 @@ def _loss_curve(name: str, log: Sequence[Any], key: str, with_tokens: bool) -> C
     return curve
 
 
-def _draw_line(axes: Axes, index: int, name: str, line: Curve, **style: Any) -> None:
-    """One arm in its own colour and marker."""
-    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-    axes.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=6, linewidth=1.8, label=name, **style)
-
-
-def _scale_quality(axes: Axes, measured: Curve) -> None:
-    """Ticks at the measured cache sizes; logarithmic axes where values span a factor."""
-    sizes, perplexities = zip(*measured, strict=True)
-    sizes = sorted(set(sizes))
-    if sizes[0] > 0 and len(sizes) > 1:
-        axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, _labels_apart(sizes))
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("KV cache, KiB per token")
-    axes.set_ylabel("perplexity (lower is better)")
-    _scale_by_factor(axes, perplexities)
+def _draw_lines(lines: Mapping[str, Curve], quantity: str) -> Axes:
+    """A figure with each line in its own colour and marker; a logarithmic axis where positive values span a factor."""
+    inside, height = len(lines) <= INSIDE, 4.5
+    if not inside:
+        height += 0.1 * len(lines)  # the legend goes below
+    axes = _new_figure(height).subplots()
+    values = []
+    for index, (name, line) in enumerate(lines.items()):
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        marked = max(1, len(line) // CURVE_MARKS)
+        axes.plot(*zip(*line, strict=True), markersize=6, linewidth=1.8, label=name, markevery=marked, **style)
+        values += [value for _, value in line if math.isfinite(value)]
+    axes.set_ylabel(f"{quantity} (lower is better)")
+    smallest = min(values, default=0.0)
+    if smallest > 0 and max(values) > LOG_FACTOR * smallest:
+        axes.set_yscale("log")
+        axes.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    if inside:
+        axes.legend(frameon=False)
+    else:
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    _open_frame(axes)
+    return axes
 
 
 def _labels_apart(sizes: Sequence[float]) -> list[str]:
@@ -289,25 +293,6 @@ def _labels_apart(sizes: Sequence[float]) -> list[str]:
         if place + half <= free:
             labels[index], free = label, place - half
     return labels
-
-
-def _scale_by_factor(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis where positive values span a factor, with plain numbers."""
-    if min(values) > 0 and max(values) > LOG_FACTOR * min(values):
-        axes.set_yscale("log")
-        axes.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
-
-
-def _add_legend_and_grid(axes: Axes, inside: bool = True) -> None:
-    if inside:
-        axes.legend(frameon=False)
-    else:
-        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    axes.grid(color="#E5E5E5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    _open_frame(axes)
 
 
 def _open_frame(axes: Axes) -> None:

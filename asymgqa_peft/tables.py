@@ -36,15 +36,21 @@ def format_value(value: object) -> str:
 
 def _formatted(rows: Rows) -> list[list[str]]:
     """Names of the columns, then the cells of every row."""
-    columns = list(rows[0])
-    return [columns, *([format_value(row.get(column)) for column in columns] for row in rows)]
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([format_value(row.get(column)) for column in lines[0]])
+    return lines
 
 
 def _padded(lines: list[list[str]]) -> list[list[str]]:
     """Cells as wide as their column's widest: the first column flush left, all others flush right."""
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    widths = [0] * len(lines[0])
+    for line in lines:
+        for column, cell in enumerate(line):
+            widths[column] = max(widths[column], len(cell))
     padded = []
     for first, *others in lines:
-        right = [cell.rjust(width) for width, cell in zip(widths[1:], others, strict=True)]
-        padded.append([first.ljust(widths[0]), *right])
+        padded.append([first.ljust(widths[0])])
+        for width, cell in zip(widths[1:], others, strict=True):
+            padded[-1].append(cell.rjust(width))
     return padded

@@ -36,13 +36,11 @@ class AsymGQATrainer(SFTTrainer):
     without w) and `sft_loss` (the cross-entropy).
 
     Args:
-        distillation_weight: w in [0, 1]. 0 is SFTTrainer, to the last bit. At 1 the labels only say which positions
-            count.
+        distillation_weight: w in [0, 1]. 0 is SFTTrainer, to the last bit. At 1 labels only say which positions count.
         temperature: τ > 0.
         kv_learning_rate_scale: learning rate of shared K/V heads (and their gains, mixes and norms), relative to
             that of the other parameters. They stay float32 whatever the base's dtype. Not applied to an optimizer
             that is passed in, or defined in a DeepSpeed config.
-        **kwargs: SFTTrainer's.
 
     Raises:
         ValueError: for a bad argument, or an SFTConfig option that distillation does not define. On the first batch,
@@ -50,7 +48,6 @@ class AsymGQATrainer(SFTTrainer):
     """
 
     _tag_names = [*SFTTrainer._tag_names, "asymgqa"]
-
     chunk_bytes = CHUNK_BYTES
 
     def __init__(
@@ -76,7 +73,8 @@ class AsymGQATrainer(SFTTrainer):
         model = args[0] if args else kwargs.get("model")
         exact_values = {}
         if isinstance(model, PeftModel):
-            exact_values = {name: parameter.data for name, parameter in _shared_head_parameters(model)}
+            for name, parameter in _shared_head_parameters(model):
+                exact_values[name] = parameter.data
         super().__init__(*args, **kwargs)
         # bf16 would swallow most steps of a usual size. ZeRO-3 gathers into buffers of one dtype, so there they keep
         # the dtype of the others.
@@ -107,14 +105,13 @@ class AsymGQATrainer(SFTTrainer):
             if is_set:
                 raise ValueError(f"{option} is not defined for distillation: unset it, or use distillation_weight=0.")
 
-    # ---- Loss ----
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """SFTTrainer's at weight 0; else the class docstring's, with `num_items_in_batch` as the divisor."""
         if self.distillation_weight == 0.0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
-        model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        model_inputs = dict(inputs)
+        model_inputs.pop("labels")
         total, sums = self._summed_loss(model, model_inputs, inputs["labels"][:, 1:])
         tokens = sums.tokens if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(tokens, device=total.device).clamp(min=1)
@@ -176,8 +173,6 @@ class AsymGQATrainer(SFTTrainer):
             self._output_layer_is_checked = True
         return teacher
 
-    # ---- Logging ----
-
     def _record(self, sums: LossSums, inputs: dict[str, Any]) -> None:
         seen = inputs["input_ids"].numel()
         if "attention_mask" in inputs:
@@ -204,8 +199,6 @@ class AsymGQATrainer(SFTTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    # ---- Optimizer ----
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its groups split so that shared parameters have their own learning rate."""
         is_new = self.optimizer is None
@@ -227,19 +220,21 @@ def split_shared_groups(optimizer: torch.optim.Optimizer, model: nn.Module, scal
     shared = {id(parameter) for _, parameter in _shared_head_parameters(model) if parameter.requires_grad}
     found = set()
     for group in list(optimizer.param_groups):
-        moved = [parameter for parameter in group["params"] if id(parameter) in shared]
-        found.update(map(id, moved))
+        moved, kept = [], []
+        for parameter in group["params"]:
+            if id(parameter) in shared:
+                moved.append(parameter)
+                found.add(id(parameter))
+            else:
+                kept.append(parameter)
         if moved:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in shared]
+            group["params"] = kept
             optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * scale})
     if found != shared:
         raise ValueError(
             f"{type(optimizer).__name__} does not keep the shared K/V parameters in parameter groups, so "
             "kv_learning_rate_scale cannot apply: set it to 1, or choose another `optim`."
         )
-
-
-# ---- Base model as teacher ----
 
 
 @contextmanager
@@ -275,19 +270,14 @@ def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
             parameter.requires_grad_(flag)
 
 
-# ---- Output layer ----
-
-
 def _forward_with_hidden(
     model: nn.Module, inputs: dict[str, Any], module: nn.Module, use: Callable[[Tensor], Any]
 ) -> tuple[Any, Tensor]:
     """Call the model; `use` gets the hidden states that enter its output layer `module`, (B, T, E).
 
     The output layer itself computes the last position only, so that logits of all positions never exist. `use` runs
-    inside the forward pass, where autocast is on and FSDP or ZeRO-3 has gathered the output layer's weight.
-
-    Returns:
-        `use`'s result, and the model's logits of the last position, (B, 1, V).
+    inside the forward pass, where autocast is on and FSDP or ZeRO-3 has gathered the output layer's weight. Returns
+    `use`'s result, and the model's logits of the last position, (B, 1, V).
     """
     results = []
 
@@ -345,14 +335,11 @@ def _check_logits(module: nn.Linear, expected: Tensor, logits: Tensor) -> None:
         tolerance = 1e-3
     difference, largest = (expected - logits).abs().max(), logits.abs().max()
     if not difference <= tolerance * largest:  # also where one of them is not a number
-        found = (
-            "its weight, bias and softcap do not reproduce the model's logits: they differ by up to "
-            f"{difference:.3g}, where the largest is {largest:.3g}"
-        )
-        raise _unfit_output_layer(module, found)
+        found = "its weight, bias and softcap do not reproduce the model's logits: they differ by up to "
+        raise _unfit_output_layer(module, f"{found}{difference:.3g}, where the largest is {largest:.3g}")
 
 
-def _unfit_output_layer(module: nn.Module | None, found: str) -> ValueError:
+def _unfit_output_layer(module: nn.Module, found: str) -> ValueError:
     kind = type(module)
     return ValueError(
         f"Distillation computes logits from the output layer, a {kind.__module__}.{kind.__qualname__}, but {found}. "
