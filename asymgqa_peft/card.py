@@ -169,9 +169,6 @@ def model_card(
     if not isinstance(evaluation, list | tuple) or not all(isinstance(row, Mapping) and row for row in evaluation):
         raise ValueError(f'evaluation={evaluation!r} must be rows, e.g. [{{"model": "base", "perplexity": 38.3}}].')
     base, shape, converted = conversion.base, conversion.shape, conversion.converted_shape
-    base_class = this_class = (base.architectures or [base.model_type])[0]  # an adapter changes no class
-    if conversion.plain is not None:
-        this_class = conversion.plain.architectures[0]
     before = kv_cache_bytes_per_token(base, conversion.dtype)
     card = ModelCard.from_template(
         _metadata(conversion, licence or {}),
@@ -180,8 +177,7 @@ def model_card(
         adapter=conversion.adapter,
         shape=shape,
         converted=converted,
-        base_class=base_class,
-        this_class=this_class,
+        base_class=(base.architectures or [base.model_type])[0],
         bytes_before=before,
         bytes_after=before * converted.base_kv_heads * converted.head_dim // (shape.base_kv_heads * shape.head_dim),
         base=_base_text(conversion),
@@ -199,10 +195,7 @@ def model_card(
 def base_licence(base: str | None, revision: str | None = None, token: str | None = None) -> dict[str, str]:
     """`license`, `license_name` and `license_link` as the base's own card states them; empty where it does not.
 
-    Args:
-        base: repository or local folder of the base.
-        revision: commit of the repository.
-        token: of the Hub.
+    `base` is a repository on the Hub, at a `revision`, or a local folder.
     """
     if base is None:
         return {}

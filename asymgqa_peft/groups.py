@@ -45,12 +45,7 @@ class SlotLayout:
 
 @dataclass(frozen=True)
 class HeadGroups:
-    """A partition of the base's K KV heads into G groups, for every layer.
-
-    Attributes:
-        layers: ``layers[l][g]`` holds the sorted base KV head indices of group ``g``.
-        base_kv_heads: K, KV heads of the base.
-    """
+    """A partition of the base's K KV heads into G groups, for every layer: ``layers[l][g]`` is sorted head indices."""
 
     layers: tuple[Partition, ...]
     base_kv_heads: int

@@ -111,8 +111,7 @@ def save_adapter(
         **card: `report`, `evaluation`, `calibration_data`, `recovery_data`, see `model_card`.
 
     Raises:
-        ValueError: for a model without AsymGQA adapter, a base that has no name on the Hub, or a folder that holds
-            something.
+        ValueError: for a model without AsymGQA adapter, a base without a name on the Hub, or a folder in use.
     """
     folder = _checked_empty(folder)
     conversion = Conversion.of(model, base_model)
@@ -151,8 +150,7 @@ def save_merged(
     was loaded from a file needs one of `Conversion.from_configs`.
 
     Raises:
-        ValueError: for a model that still has an adapter or does not remember its base, or a folder that holds
-            something.
+        ValueError: for a model that still has an adapter or does not remember its base, or a folder in use.
     """
     if isinstance(plain, PeftModel) or not isinstance(plain, PreTrainedModel):
         raise ValueError(f"{type(plain).__name__} is not a merged model: pass what model.merge_and_unload() returns.")
@@ -167,15 +165,13 @@ def save_merged(
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Save a tokenizer under a class name that transformers 4 knows too, which converters of engines still pin.
-
-    transformers 5 calls the class of a bare tokenizer.json TokenizersBackend, and loads the older name as the same.
-    """
     if tokenizer is None:
         return
     tokenizer.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
+    # transformers 5 calls the class of a bare tokenizer.json so, and loads the older name as the same; converters of
+    # engines still pin transformers 4, which knows only that.
     if config.get("tokenizer_class") == "TokenizersBackend":
         save_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
@@ -217,7 +213,14 @@ def push_folder(
     names = _names_to_upload(folder)
     existing = check_push_target(repo_id, private=private, exist_ok=exist_ok, token=token)
     if "adapter_config.json" in names:
-        _check_base(api, folder / "adapter_config.json")
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        with _clear_errors(str(base)):
+            known = bool(base) and api.repo_exists(base)
+        if not known:
+            raise ValueError(
+                f"The adapter's base {base!r} is not on the Hub, or not for this token: nobody could load the "
+                "adapter. Pass base_model='owner/name', or push the merged model."
+            )
     operations = [CommitOperationAdd(name, str(folder / name)) for name in names]
     for name in filter_repo_objects(sorted(set(existing) - set(names)), allow_patterns=_SUPERSEDED):
         operations.append(CommitOperationDelete(name))
@@ -258,17 +261,6 @@ def _api(token: str | None) -> HfApi:
             "No token for the Hub: run `hf auth login`, set HF_TOKEN, or pass token= (one with write access)."
         )
     return HfApi(token=token)
-
-
-def _check_base(api: HfApi, config_file: Path) -> None:
-    base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    with _clear_errors(str(base)):
-        known = bool(base) and api.repo_exists(base)
-    if not known:
-        raise ValueError(
-            f"The adapter's base {base!r} is not on the Hub, or not for this token: nobody could load the adapter. "
-            "Pass base_model='owner/name', or push the merged model."
-        )
 
 
 @contextmanager

@@ -132,16 +132,17 @@ def plot_losses(
     """
     if not curves:
         raise ValueError("curves is empty: give at least one log_history.")
-    with_tokens = _counts_tokens(chain(*curves.values()), key)
+    place, label = "step", "steps"
+    if _counts_tokens(chain(*curves.values()), key):
+        place, label = "num_tokens", "tokens"
     # All curves are checked before the first is drawn.
-    lines = {name: _loss_curve(name, log, key, with_tokens) for name, log in curves.items()}
+    lines = {name: _loss_curve(name, log, key, place) for name, log in curves.items()}
     axes = _draw_lines(lines, key.replace("_", " "))
     axes.set_xlim(left=0)
-    axes.set_xlabel("steps")
-    if with_tokens:
+    axes.set_xlabel(label)
+    if label == "tokens":
         from matplotlib.ticker import EngFormatter
 
-        axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1 500 000 as "1.5M"
     return _save(axes.figure, path)
 
@@ -224,11 +225,8 @@ def _counts_tokens(entries: Iterable[Any], key: str) -> bool:
     return all(isinstance(entry, Mapping) and (key not in entry or "num_tokens" in entry) for entry in entries)
 
 
-def _loss_curve(name: str, log: Sequence[Any], key: str, with_tokens: bool) -> Curve:
-    """(tokens or step, loss) of every entry that has the loss, in order."""
-    place = "step"
-    if with_tokens:
-        place = "num_tokens"
+def _loss_curve(name: str, log: Sequence[Any], key: str, place: str) -> Curve:
+    """(`place`, loss) of every entry that has the loss, in order."""
     curve, logged = [], set()
     try:
         for entry in log:
