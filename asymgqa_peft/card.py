@@ -156,17 +156,15 @@ def model_card(
         report: of `initialize_asymgqa_weights`.
         evaluation: measurements as rows of a table, e.g. `{"model": "base", "perplexity": 38.3}`; the columns are
             the first row's keys.
-        calibration_data: what the initialisation read, in words.
-        recovery_data: what the model was trained on afterwards, in words.
+        calibration_data, recovery_data: what the initialisation and the training afterwards read, in words.
 
     Raises:
         ValueError: if the report belongs to other groups, or the evaluation is not a list of rows.
     """
     if report is not None and report.head_groups != conversion.groups.to_lists():
         raise ValueError("report.head_groups are not the adapter's groups: pass the report of this adapter, or none.")
-    if evaluation is None:
-        evaluation = []
-    if not isinstance(evaluation, list | tuple) or not all(isinstance(row, Mapping) and row for row in evaluation):
+    are_rows = isinstance(evaluation, list | tuple) and all(isinstance(row, Mapping) and row for row in evaluation)
+    if evaluation is not None and not are_rows:
         raise ValueError(f'evaluation={evaluation!r} must be rows, e.g. [{{"model": "base", "perplexity": 38.3}}].')
     base, shape, converted = conversion.base, conversion.shape, conversion.converted_shape
     before = kv_cache_bytes_per_token(base, conversion.dtype)
@@ -174,7 +172,6 @@ def model_card(
         _metadata(conversion, licence or {}),
         template_path=str(Path(__file__).with_name("model_card.md")),
         conversion=conversion,
-        adapter=conversion.adapter,
         shape=shape,
         converted=converted,
         base_class=(base.architectures or [base.model_type])[0],

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
 from .adapter.site import attention_sites, evaluating
 from .batches import Batch, checked_batches
@@ -144,8 +144,7 @@ def decode_speed(
 
 def _predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (B, T - 1, V), targets (B, T - 1) and mask (B, T - 1) of a checked batch."""
-    device = next(model.parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    inputs = BatchEncoding(batch).to(next(model.parameters()).device)
     ids = inputs["input_ids"]
     labels = inputs.pop("labels", ids)  # only choose what counts: given to the model, they would cost a loss
     attended = inputs.get("attention_mask", torch.ones_like(ids)).bool()

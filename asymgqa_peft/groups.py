@@ -72,7 +72,7 @@ class HeadGroups:
                     f"head_groups[{index}] must hold each base KV head 0..{base_kv_heads - 1} exactly once, got "
                     f"{_short(heads)}."
                 )
-            layers.append(tuple(tuple(sorted(group)) for group in partition))
+            layers.append(tuple(map(tuple, map(sorted, partition))))
         return cls(tuple(layers), base_kv_heads)
 
     @classmethod
@@ -173,11 +173,11 @@ def slot_layout(partition: Partition, queries_per_kv: int, slots_per_kv: int | N
         copies = math.ceil(len(heads) / slots_per_kv)
         kv_source += [group] * copies
         head_of_slot += heads + [-1] * (copies * slots_per_kv - len(heads))
+    slot_of_head = [head_of_slot.index(head) for head in range(max(head_of_slot) + 1)]
     if keep_order:
-        kv_source = [kv_source[head_of_slot.index(head)] for head in range(len(head_of_slot))]
-        head_of_slot = list(range(len(head_of_slot)))
-    slot_of_head = tuple(head_of_slot.index(head) for head in range(max(head_of_slot) + 1))
-    return SlotLayout(slots_per_kv, tuple(kv_source), tuple(head_of_slot), slot_of_head)
+        kv_source = [kv_source[slot] for slot in slot_of_head]
+        head_of_slot = slot_of_head = sorted(head_of_slot)
+    return SlotLayout(slots_per_kv, tuple(kv_source), tuple(head_of_slot), tuple(slot_of_head))
 
 
 def _short(value: object) -> str:

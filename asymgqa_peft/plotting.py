@@ -7,7 +7,7 @@ without pyplot: no global backend is chosen or changed, nothing stays open. Need
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +133,9 @@ def plot_losses(
     if not curves:
         raise ValueError("curves is empty: give at least one log_history.")
     place, label = "step", "steps"
-    if _counts_tokens(chain(*curves.values()), key):
+    entries = list(chain(*curves.values()))
+    # No entry is a pair, and each that has the loss says after how many tokens.
+    if all(isinstance(entry, Mapping) and (key not in entry or "num_tokens" in entry) for entry in entries):
         place, label = "num_tokens", "tokens"
     # All curves are checked before the first is drawn.
     lines = {name: _loss_curve(name, log, key, place) for name, log in curves.items()}
@@ -218,11 +220,6 @@ def _collect_arms(points: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     for line in arms.values():
         line.sort()
     return arms
-
-
-def _counts_tokens(entries: Iterable[Any], key: str) -> bool:
-    """Whether no entry is a pair (step, loss), and each that has the loss says after how many tokens."""
-    return all(isinstance(entry, Mapping) and (key not in entry or "num_tokens" in entry) for entry in entries)
 
 
 def _loss_curve(name: str, log: Sequence[Any], key: str, place: str) -> Curve:
