@@ -129,8 +129,8 @@ def plan_export(
             warnings.warn(
                 f"{base.model_class.__name__} recomputes its cache when generation passes "
                 f"{rope['original_max_position_embeddings']} tokens, where its rotary frequencies change; "
-                f"{chosen.plain.model_class.__name__} does not. Let no sequence pass that limit on a cache begun below "
-                "it, or leave head_dim unset.",
+                f"{chosen.plain.model_class.__name__} does not. Let no sequence pass that limit on a cache begun "
+                "below it, or leave head_dim unset.",
                 stacklevel=5,  # who called merge_and_unload
             )
         if not family.scale_in_config:
