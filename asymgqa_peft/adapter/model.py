@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from peft import PeftType
@@ -26,6 +26,7 @@ from .export import export_plain_model
 from .layer import SharedLayer, SharedProjection
 from .plan import ExportPlan, plan_export
 from .site import attention_sites
+from .slots import HeadLayout
 
 
 class AsymGQAModel(LoraModel):
@@ -144,15 +145,10 @@ class AsymGQAModel(LoraModel):
         if not is_sharded(self):
             given = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
             check_adapter_tensors(given, self._own_tensors(prefix), self._declared_adapters())
+        for at, layout in self._layouts(prefix):
+            layout.checked(state_dict.get(at + "index"), state_dict.get(at + "frequencies"))
         self._loading = set()
         for adapter_name in self.peft_config:
-            for site in self.sites:
-                layout = site.layout(adapter_name)
-                at = f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}."
-                if at + "index" in state_dict:
-                    layout.checked_partition(state_dict[at + "index"])
-                if at + "frequencies" in state_dict:
-                    layout.checked_frequencies(state_dict[at + "frequencies"])
             if any(f".{adapter_name}." in key for key in state_dict):
                 self._loading.add(adapter_name)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -168,12 +164,15 @@ class AsymGQAModel(LoraModel):
 
     def _own_tensors(self, prefix: str) -> dict[str, Tensor]:
         own = {prefix + name: parameter for name, parameter in self.named_parameters(remove_duplicate=False)}
+        for at, layout in self._layouts(prefix):
+            own |= layout.state_dict(prefix=at)
+        return own
+
+    def _layouts(self, prefix: str) -> Iterator[tuple[str, HeadLayout]]:
+        """The groups of all layers and adapters, with their names in a state dict."""
         for site in self.sites:
             for adapter_name, layout in site.key.lora_groups.items():
-                for name in layout.state_dict():
-                    key = f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}.{name}"
-                    own[key] = layout.get_buffer(name)
-        return own
+                yield f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}.", layout
 
     def _declared_adapters(self) -> list[str]:
         """Adapters whose groups stand in their configuration, no file having been loaded yet."""

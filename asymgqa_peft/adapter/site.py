@@ -188,9 +188,7 @@ class AttentionSite:
         if self.key.lora_kv[adapter_name].weight.is_meta or base_layer(self.key).weight.is_meta:
             return
         layout = self.layout(adapter_name)
-        declared = layout.declared
         self.write(adapter_name, mean_heads(self.weights(), layout.partition, layout.shape))
-        layout.declared = declared
 
     def reader(self, adapter_name: str) -> Callable[[], SharedHeads]:
         """What reads the adapter's shared heads, also once its layers have left the model.
