@@ -235,13 +235,8 @@ class AsymGQAModel(LoraModel):
             ValueError: for several adapters, a quantised base, or groups that no stock class holds; nothing has
                 changed then.
         """
-        return self._unload_and_optionally_merge(
-            progressbar=progressbar,
-            safe_merge=safe_merge,
-            adapter_names=adapter_names,
-            duplicate_kv_heads=duplicate_kv_heads,
-            cached_tokens=cached_tokens,
-        )
+        layout = {"duplicate_kv_heads": duplicate_kv_heads, "cached_tokens": cached_tokens}
+        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, **layout)
 
     def plan_export(
         self, adapter_name: str, *, duplicate_kv_heads: bool = False, cached_tokens: int | None = None
@@ -285,8 +280,11 @@ class AsymGQAModel(LoraModel):
 
     def _check_finite(self, adapter_name: str) -> None:
         # Of all tensors beforehand: PEFT looks layer by layer, and leaves a half-merged model where it stops.
-        named = [(name, p) for name, p in self.model.named_parameters() if adapter_name in name.split(".")]
-        if broken := [name for name, parameter in named if not parameter.isfinite().all()]:
+        broken = []
+        for name, parameter in self.model.named_parameters():
+            if adapter_name in name.split(".") and not parameter.isfinite().all():
+                broken.append(name)
+        if broken:
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {broken}."
             )
@@ -297,8 +295,11 @@ class AsymGQAModel(LoraModel):
             raise ValueError(f"adapter_names={names!r}: attention has one set of K/V heads, merge one adapter.")
         if names[0] not in self.peft_config:
             raise ValueError(f"adapter_names={names!r}: unknown, the model holds {list(self.peft_config)}.")
-        layers = [module for module in self.model.modules() if isinstance(module, SharedLayer)]
-        if others := {name for layer in layers for name in layer.merged_adapters} - {names[0]}:
+        merged = set()
+        for module in self.model.modules():
+            if isinstance(module, SharedLayer):
+                merged.update(module.merged_adapters)
+        if others := merged - {names[0]}:
             raise ValueError(f"adapter_names={names!r}: {sorted(others)} is merged already, call unmerge_adapter().")
         return names[0]
 

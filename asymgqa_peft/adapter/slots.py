@@ -219,12 +219,12 @@ class HeadMix(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_heads, rows, columns, **factory))
 
-    def read(self) -> Tensor:
+    def read(self, layout: HeadLayout) -> Tensor:
         """The matrices (H, M, N), float64."""
         deviation = self.weight.detach().double()
         return deviation + torch.eye(*deviation.shape[1:]).to(deviation)
 
-    def write(self, matrices: Tensor | None) -> None:
+    def write(self, matrices: Tensor | None, layout: HeadLayout) -> None:
         """Make these the matrices; None is the identity's first M rows."""
         if matrices is None:
             self.weight.zero_()

@@ -70,8 +70,7 @@ def search_partition(
     Args:
         costs: maps a list of n groups (sorted tuples of int) to n costs, float64 on CPU. Called with at most `BATCH`
             groups at a time, in order of size, and never twice with the same group.
-        base_kv_heads: K, heads to partition.
-        num_groups: G.
+        base_kv_heads, num_groups: K and G.
         max_group_size: cap on a group's size, in heads; at least ceil(K / G).
         symmetric: equal sizes K / G instead of sizes in 1..max_group_size.
         seed: of the random starts.
