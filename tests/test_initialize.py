@@ -299,6 +299,23 @@ def test_not_finite_weights_and_activations_name_the_layer(bad):
         initialize_asymgqa_weights(model, IDS.split(8), progress=False)
 
 
+def test_interrupted_the_frequencies_of_wide_heads_are_as_before(monkeypatch):
+    def frequencies(model) -> list:
+        return [site.layout("default").shape.frequencies for site in attention_sites(model)]
+
+    model = wrapped(num_key_value_heads=3, head_dim=12)
+    before = frequencies(model)
+    finished = copy.deepcopy(model)
+    initialize_asymgqa_weights(finished, IDS.split(8), progress=False)
+    assert frequencies(finished) != before
+    state = state_of(model)
+    monkeypatch.setattr(OutputRefit, "low_rank", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        initialize_asymgqa_weights(model, IDS.split(8), progress=False)
+    assert frequencies(model) == before
+    assert_same_state(state, state_of(model))
+
+
 def initialised_state(model) -> tuple:
     return model.peft_config["default"].head_groups, {
         name: p.sum().item() for name, p in model.named_parameters() if "default" in name

@@ -16,18 +16,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GROUPS, adapter_config, scramble, tiny_llama
 from models import (
     CASES,
     EQUAL_GROUPS,
+    GROUPS,
     HALVES,
     MHA_GROUPS,
     adapted,
+    adapter_config,
     config_of,
     left_padded,
+    perturb,
     prompt,
     random_model,
     stock,
+    tiny_llama,
     wrap,
 )
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -242,7 +245,7 @@ def test_a_base_in_four_bits_trains_saves_and_reloads(tmp_path):
     ids = prompt(2, 11) % 64
     base = prepare_model_for_kbit_training(quantised(), use_gradient_checkpointing=False)
     model = get_peft_model(base, adapter_config(GROUPS["llama"], head_dim=64))
-    scramble(model)
+    perturb(model)
     optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     losses = []
     for _ in range(5):

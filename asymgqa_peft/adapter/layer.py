@@ -1,8 +1,7 @@
 """Tuner layers for shared K/V heads, and the hooks that fit query heads to them.
 
-Axes: B batch, T positions, E hidden size, H query heads and K KV heads of the base, D head dimension, G shared heads
-of W dimensions, p query slots per shared head. A `SharedKey` and a `SharedValue` stand where k_proj and v_proj stood
-(`SharedQKV` where the base fuses them) and keep the originals.
+A `SharedKey` and a `SharedValue` stand where k_proj and v_proj stood (`SharedQKV` where the base fuses them) and keep
+the originals. Axes as in `slots`.
 
 An adapter in effect shows the attention one of two shapes, which compute the same:
 
@@ -251,10 +250,8 @@ class SharedProjection(SharedLayer):
         elif self.decodes:
             geometry = Geometry(shape.num_attention_heads, shape.num_attention_heads, shape.head_dim, shape.rotary_dim)
         else:
-            layout = self.layout(name)
-            geometry = Geometry(
-                layout.slots.num_slots, layout.slots.kv_heads, layout.shape.head_dim, layout.shape.rotary_dim
-            )
+            slots, shared = self.layout(name).slots, self.layout(name).shape
+            geometry = Geometry(slots.num_slots, slots.kv_heads, shared.head_dim, shared.rotary_dim)
         write_geometry(attention, self.family, geometry)
         if geometry.rotary_dim == shape.rotary_dim:
             return None
@@ -320,14 +317,7 @@ class SharedKeyNorm(SharedLayer):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What heads an attention module sees.
-
-    Attributes:
-        slots: query heads or slots.
-        kv_heads: K/V heads.
-        head_dim: dimensions of each.
-        rotary_dim: how many of them RoPE rotates.
-    """
+    """What heads an attention module sees: query heads or slots, K/V heads, their dimensions, those RoPE rotates."""
 
     slots: int
     kv_heads: int
@@ -370,8 +360,9 @@ def with_head_count(config, num_attention_heads: int):
     """`config`, seen with `num_attention_heads` heads (the object itself where that is its own number)."""
     if config.num_attention_heads == num_attention_heads:
         return config
-    config = config.config if isinstance(config, HeadCountView) else config
-    return config if config.num_attention_heads == num_attention_heads else HeadCountView(config, num_attention_heads)
+    if isinstance(config, HeadCountView):
+        return with_head_count(config.config, num_attention_heads)
+    return HeadCountView(config, num_attention_heads)
 
 
 def base_weight(module: nn.Module) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from peft import PeftType, TaskType
@@ -26,6 +27,7 @@ from .export import export_plain_model
 from .layer import SharedLayer, SharedProjection
 from .plan import ExportPlan, plan_export
 from .site import attention_sites
+from .slots import HeadLayout
 
 
 class AsymGQAModel(LoraModel):
@@ -150,21 +152,20 @@ class AsymGQAModel(LoraModel):
         if not is_sharded(self):
             given = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
             check_adapter_tensors(given, self._own_tensors(prefix), self._declared_adapters())
-        self._loading = set()
-        for adapter_name in self.peft_config:
-            turns = set()
-            for site in self.sites:
-                layout = site.layout(adapter_name)
-                at = f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}."
-                if at + "index" in state_dict:
-                    layout.checked_partition(state_dict[at + "index"])
-                if at + "frequencies" in state_dict:
-                    turns.add(layout.checked_frequencies(state_dict[at + "frequencies"]))
-            if len(turns) > 1:
+        turns = defaultdict(set)
+        for at, layout in self._layouts(prefix):
+            frequencies = state_dict.get(at + "frequencies")
+            _, shape = layout.checked(state_dict.get(at + "index"), frequencies)
+            if frequencies is not None:
+                turns[at.split(".")[-2]].add(shape.frequencies)
+        for found in turns.values():
+            if len(found) > 1:
                 raise ValueError(
-                    f"rotary frequencies in the weights differ between layers, {sorted(turns)}, where a stock model "
+                    f"rotary frequencies in the weights differ between layers, {sorted(found)}, where a stock model "
                     "has one rotary embedding. The file is damaged: take it anew from where it was saved."
                 )
+        self._loading = set()
+        for adapter_name in self.peft_config:
             if any(f".{adapter_name}." in key for key in state_dict):
                 self._loading.add(adapter_name)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -180,12 +181,15 @@ class AsymGQAModel(LoraModel):
 
     def _own_tensors(self, prefix: str) -> dict[str, Tensor]:
         own = {prefix + name: parameter for name, parameter in self.named_parameters(remove_duplicate=False)}
+        for at, layout in self._layouts(prefix):
+            own |= layout.state_dict(prefix=at)
+        return own
+
+    def _layouts(self, prefix: str) -> Iterator[tuple[str, HeadLayout]]:
+        """The groups of all layers and adapters, with their names in a state dict."""
         for site in self.sites:
             for adapter_name, layout in site.key.lora_groups.items():
-                for name in layout.state_dict():
-                    key = f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}.{name}"
-                    own[key] = layout.get_buffer(name)
-        return own
+                yield f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}.", layout
 
     def _declared_adapters(self) -> list[str]:
         """Adapters whose groups stand in their configuration, no file having been loaded yet."""
@@ -248,13 +252,8 @@ class AsymGQAModel(LoraModel):
             ValueError: for several adapters, a quantised base, or groups that no stock class holds; nothing has
                 changed then.
         """
-        return self._unload_and_optionally_merge(
-            progressbar=progressbar,
-            safe_merge=safe_merge,
-            adapter_names=adapter_names,
-            duplicate_kv_heads=duplicate_kv_heads,
-            cached_tokens=cached_tokens,
-        )
+        layout = {"duplicate_kv_heads": duplicate_kv_heads, "cached_tokens": cached_tokens}
+        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, **layout)
 
     def plan_export(
         self, adapter_name: str, *, duplicate_kv_heads: bool = False, cached_tokens: int | None = None
@@ -298,8 +297,11 @@ class AsymGQAModel(LoraModel):
 
     def _check_finite(self, adapter_name: str) -> None:
         # Of all tensors beforehand: PEFT looks layer by layer, and leaves a half-merged model where it stops.
-        named = [(name, p) for name, p in self.model.named_parameters() if adapter_name in name.split(".")]
-        if broken := [name for name, parameter in named if not parameter.isfinite().all()]:
+        broken = []
+        for name, parameter in self.model.named_parameters():
+            if adapter_name in name.split(".") and not parameter.isfinite().all():
+                broken.append(name)
+        if broken:
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {broken}."
             )
@@ -310,8 +312,11 @@ class AsymGQAModel(LoraModel):
             raise ValueError(f"adapter_names={names!r}: attention has one set of K/V heads, merge one adapter.")
         if names[0] not in self.peft_config:
             raise ValueError(f"adapter_names={names!r}: unknown, the model holds {list(self.peft_config)}.")
-        layers = [module for module in self.model.modules() if isinstance(module, SharedLayer)]
-        if others := {name for layer in layers for name in layer.merged_adapters} - {names[0]}:
+        merged = set()
+        for module in self.model.modules():
+            if isinstance(module, SharedLayer):
+                merged.update(module.merged_adapters)
+        if others := merged - {names[0]}:
             raise ValueError(f"adapter_names={names!r}: {sorted(others)} is merged already, call unmerge_adapter().")
         return names[0]
 

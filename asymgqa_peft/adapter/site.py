@@ -30,6 +30,9 @@ from .layer import (
 )
 from .slots import HeadLayout
 
+FITS = ("query_gain", "query_mix", "value_mix")
+"""What fits query heads to shared ones: fields of `SharedHeads`, and with "lora_" before them of the layers."""
+
 
 @dataclass(frozen=True)
 class AttentionSite:
@@ -38,9 +41,8 @@ class AttentionSite:
     Attributes:
         layer: index among the model's attention layers.
         name: the attention module's name in the model.
-        attention: the attention module.
-        family: its architecture's declaration.
-        shape: its head counts and dimensions.
+        attention: that module.
+        family, shape: its architecture's declaration, its head counts and dimensions.
     """
 
     layer: int
@@ -94,10 +96,8 @@ class AttentionSite:
     @property
     def shared_names(self) -> tuple[str, ...]:
         """Full names of the modules that become shared."""
-        names = list(self.family.shared_names)
-        if self.family.key_norm:
-            names.append(self.family.key_norm)
-        return tuple(f"{self.name}.{name}" for name in names)
+        names = (*self.family.shared_names, self.family.key_norm)
+        return tuple(f"{self.name}.{name}" for name in names if name)
 
     def shared_layers(self) -> list[SharedProjection]:
         """The one or two shared projections, each once."""
@@ -143,16 +143,10 @@ class AttentionSite:
 
     def wrapped(self, name: str) -> SharedLayer:
         """A new tuner layer around the module of that name, one of `shared_names`."""
-        attribute = name.rpartition(".")[2]
-        if attribute == self.family.key_norm:
-            layer_class = SharedKeyNorm
-        elif self.is_fused:
-            layer_class = SharedQKV
-        elif attribute == self.family.key:
-            layer_class = SharedKey
-        else:
-            layer_class = SharedValue
-        return layer_class(getattr(self.attention, attribute), self.shape, self.family)
+        family, attribute = self.family, name.rpartition(".")[2]
+        layer_classes = {family.key_norm: SharedKeyNorm, family.key: SharedKey, family.value: SharedValue}
+        layer_class = layer_classes.get(attribute, SharedQKV)
+        return layer_class(getattr(self.attention, attribute), self.shape, family)
 
     def install_hooks(self) -> None:
         """Connect the shared layers with each other and with the attention around them."""
@@ -188,9 +182,7 @@ class AttentionSite:
         if self.key.lora_kv[adapter_name].weight.is_meta or base_layer(self.key).weight.is_meta:
             return
         layout = self.layout(adapter_name)
-        declared = layout.declared
         self.write(adapter_name, mean_heads(self.weights(), layout.partition, layout.shape))
-        layout.declared = declared
 
     def reader(self, adapter_name: str) -> Callable[[], SharedHeads]:
         """What reads the adapter's shared heads, also once its layers have left the model.
@@ -200,9 +192,12 @@ class AttentionSite:
         """
         layout = self.layout(adapter_name)
         projections = {layer.parts: layer.lora_kv[adapter_name] for layer in self.shared_layers()}
-        fits = {"query_gain": self.key.lora_query_gain, "query_mix": self.key.lora_query_mix}
-        fits["value_mix"] = self.value.lora_value_mix
-        fits = {name: modules[adapter_name] for name, modules in fits.items() if adapter_name in modules}
+        fits = {}
+        for layer in self.shared_layers():
+            for name in FITS:
+                modules = getattr(layer, f"lora_{name}")
+                if adapter_name in modules:
+                    fits[name] = modules[adapter_name]
         key_norm = None if self.key_norm is None else self.key_norm.lora_norm[adapter_name]
 
         @torch.no_grad()
@@ -214,7 +209,7 @@ class AttentionSite:
                         heads = tensor.detach().unflatten(0, (len(parts), len(layout.partition), -1))
                         tensors |= {part + suffix: heads[index] for index, part in enumerate(parts)}
             for name, fit in fits.items():
-                tensors[name] = fit.read(layout) if name == "query_gain" else fit.read()
+                tensors[name] = fit.read(layout)
             if key_norm is not None:
                 tensors["key_norm"] = key_norm.weight.detach().unflatten(0, (len(layout.partition), -1))
             return SharedHeads(layout.partition, layout.shape, **tensors)
@@ -231,20 +226,18 @@ class AttentionSite:
             linear.weight.copy_(torch.cat([getattr(heads, part).flatten(0, 1) for part in layer.parts]))
             if linear.bias is not None:
                 linear.bias.copy_(torch.cat([getattr(heads, f"{part}_bias").flatten() for part in layer.parts]))
-        if adapter_name in self.key.lora_query_gain:
-            self.key.lora_query_gain[adapter_name].write(heads.query_gain, layout)
-        if adapter_name in self.key.lora_query_mix:
-            self.key.lora_query_mix[adapter_name].write(heads.query_mix)
-        if adapter_name in self.value.lora_value_mix:
-            self.value.lora_value_mix[adapter_name].write(heads.value_mix)
+            for name in FITS:
+                modules = getattr(layer, f"lora_{name}")
+                if adapter_name in modules:
+                    modules[adapter_name].write(getattr(heads, name), layout)
         if heads.key_norm is not None:
             self.key_norm.lora_norm[adapter_name].weight.copy_(heads.key_norm.flatten())
 
     @torch.no_grad()
     def compose_value_mix(self, adapter_name: str, mix: Tensor) -> None:
         """Put another matrix (H, D, D) behind each head's value mix."""
-        value_mix = self.value.lora_value_mix[adapter_name]
-        value_mix.write(mix @ value_mix.read().to(mix))
+        value_mix, layout = self.value.lora_value_mix[adapter_name], self.layout(adapter_name)
+        value_mix.write(mix @ value_mix.read(layout).to(mix), layout)
 
     # ---- the plain model ----
 

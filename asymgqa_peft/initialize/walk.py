@@ -31,7 +31,7 @@ from ..method.search import SearchResult, search_partition
 from ..method.statistics import LayerMoments, LayerStatistics, sum_over_ranks
 from .checks import check_finite
 from .report import InitializationReport
-from .streams import Stop, Streams, mask_of, recording
+from .streams import Stop, Streams, recording
 
 
 class Walk:
@@ -51,7 +51,9 @@ class Walk:
 
     def check_tokens(self) -> None:
         """Raise ValueError, on all ranks alike, if a rank has no batch or the data cannot tell the heads apart."""
-        tokens = sum(int(mask_of(batch).sum()) for batch in self.streams.batches)
+        tokens = 0
+        for batch, mask in zip(self.streams.batches, self.streams.masks, strict=True):
+            tokens += batch["input_ids"].numel() if mask is None else int(mask.bool().sum())
         counts = torch.tensor([float(bool(self.streams.batches)), float(tokens)], dtype=torch.float64)
         sum_over_ranks([counts])
         ranks, self.tokens = int(counts[0]), int(counts[1])
@@ -77,16 +79,18 @@ class Walk:
             if isinstance(layer, LoraLayer) and self.adapter in layer.lora_B and _plain_start(self.config):
                 _write_lora(layer, self.adapter, None)
         self._choose_frequencies()
-        found, similarities = [], []
+        costs, neighbour_costs, before, after = [], [], [], []
         bar = tqdm(self.sites, desc="initialising layers", unit="layer", disable=not progress or _rank() != 0)
         for site in bar:
             try:
-                result, similarity = self._convert(site)
+                found, similarity = self._convert(site)
             except ValueError as error:
                 raise ValueError(f"layer {site.layer}: {error}") from error
-            found.append(result)
-            similarities.append([matrix.tolist() for matrix in similarity])
-            bar.set_postfix(cost=f"{result.cost:.4f}", neighbour=f"{result.neighbour_cost:.4f}")
+            costs.append(found.cost)
+            neighbour_costs.append(found.neighbour_cost)
+            before.append(similarity[0].tolist())
+            after.append(similarity[1].tolist())
+            bar.set_postfix(cost=f"{found.cost:.4f}", neighbour=f"{found.neighbour_cost:.4f}")
         self.tuner.record_head_groups(self.adapter)
         self.config.initialized = True
         return InitializationReport(
@@ -94,10 +98,10 @@ class Walk:
             grouping=self.config.grouping,
             criterion=self.config.criterion,
             merge=self.config.merge,
-            costs=[result.cost for result in found],
-            neighbour_costs=[result.neighbour_cost for result in found],
-            similarity_before=[before for before, _ in similarities],
-            similarity_after=[after for _, after in similarities],
+            costs=costs,
+            neighbour_costs=neighbour_costs,
+            similarity_before=before,
+            similarity_after=after,
             tokens=self.tokens,
             seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             search_seconds=round(self.search_seconds, 3),
@@ -174,7 +178,7 @@ class Walk:
         """The layer's statistics on the original stream, on the CPU; projections run, attention and MLP do not."""
         statistics = LayerStatistics(site.shape, weights.output.device)
         sources = site.sources()
-        with self.model.disable_adapter(), recording(sources) as record, _stopping_at_last(sources, record):
+        with self.model.disable_adapter(), recording(sources, stops=True) as record:
             for batch, call in self.streams.through(self.layers[site.layer], site.layer, self.streams.original):
                 record.clear()
                 with suppress(Stop):
@@ -290,22 +294,6 @@ class Walk:
         self.seconds[stage] += time.perf_counter() - start
 
 
-@contextmanager
-def _stopping_at_last(sources: dict[str, nn.Module], record: dict[str, Tensor]) -> Iterator[None]:
-    """Leave the forward once all sources are recorded, whatever their order."""
-
-    def stop(*_) -> None:
-        if record.keys() == sources.keys():
-            raise Stop
-
-    handles = [module.register_forward_hook(stop) for module in sources.values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def peak_memory() -> int:
     """Bytes, the highest of a CUDA device, or of the process where none is used."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
@@ -330,10 +318,10 @@ def _ranges(numbers: list[int]) -> str:
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
+            runs[-1][1:] = [number]
         else:
             runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def _plain_start(config) -> bool:
@@ -346,8 +334,9 @@ def _write_lora(layer: LoraLayer, adapter_name: str, factors: tuple[Tensor, Tens
     lora_a, lora_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     lora_b.zero_()
     if factors is not None:
-        lora_a[: len(factors[0])].copy_(factors[0])
-        lora_b[:, : len(factors[0])].copy_(factors[1])
+        rank = len(factors[0])
+        lora_a[:rank].copy_(factors[0])
+        lora_b[:, :rank].copy_(factors[1])
     magnitude = getattr(layer, "lora_magnitude_vector", {})
     if adapter_name in magnitude:  # DoRA: its norm has to follow, or it rescales the refit
         magnitude[adapter_name].update_layer(

@@ -1,8 +1,8 @@
 """Which base KV heads to put together: minimise the summed cost of the groups of a partition.
 
-The cost of a group is a black box here (`costs` knows what a group loses), and an expensive one: an eigenproblem of
-|S| D dimensions. Groups are therefore evaluated in batches and never twice, and a cheap surrogate made of pair costs
-decides which groups are worth an evaluation at all.
+The cost of a group is a black box here, and an expensive one: an eigenproblem of |S| D dimensions. Groups are
+therefore evaluated in batches and never twice, and a cheap surrogate made of pair costs decides which groups are worth
+an evaluation at all.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ def search_partition(
     Args:
         costs: maps a list of n groups (sorted tuples of int) to n costs, float64 on CPU. Called with at most `BATCH`
             groups at a time, in order of size, and never twice with the same group.
-        base_kv_heads: K, heads to partition.
-        num_groups: G.
+        base_kv_heads, num_groups: K and G.
         max_group_size: cap on a group's size, in heads; at least ceil(K / G).
         symmetric: equal sizes K / G instead of sizes in 1..max_group_size.
         seed: of the random starts.
@@ -218,13 +217,14 @@ def descend(
     while active:
         changes = _changes_by_pairs(space, [ends[index] for index in active], surrogate)
         limit = changes.amin((1, 2), keepdim=True) + tolerance
-        tied: dict[int, list[Partition]] = {}
+        best: dict[int, Partition] = {}
         for row, head, target in ((changes < -tolerance) & (changes <= limit)).nonzero().tolist():
-            exchange = space.exchanged(ends[active[row]], head, target)
-            tied.setdefault(active[row], []).append(tuple(sorted(exchange)))
-        for index, results in tied.items():
-            ends[index] = min(results)
-        active = list(tied)
+            index = active[row]
+            exchange = tuple(sorted(space.exchanged(ends[index], head, target)))
+            best[index] = min(best.get(index, exchange), exchange)
+        for index, exchange in best.items():
+            ends[index] = exchange
+        active = list(best)
     return ends
 
 
@@ -373,9 +373,10 @@ def _totals(partitions: Sequence[Partition], score: Score) -> list[float]:
 
 def _ranked(partitions: Sequence[Partition], values: Sequence[float], tolerance: float) -> list[Partition]:
     """Partitions by value; those of equal value, on a grid that is coarser than noise, in order of groups."""
-    grid = tolerance or 1.0
-    steps = [round(value / grid) for value in values]
-    return [partition for _, partition in sorted(zip(steps, partitions, strict=True))]
+    keyed = []
+    for value, partition in zip(values, partitions, strict=True):
+        keyed.append((round(value / (tolerance or 1.0)), partition))
+    return [partition for _, partition in sorted(keyed)]
 
 
 def _argmin(values: Sequence[float]) -> int:
