@@ -117,6 +117,17 @@ def perturb(model: PeftModel, seed: int = 1) -> None:
                 parameter.add_((max(scale, 0.05) * noise).to(parameter.dtype))
 
 
+def tensors(model: torch.nn.Module, part: str = "") -> dict[str, torch.Tensor]:
+    """Copies of what a model holds under names with `part` in them; of everything by default."""
+    return {name: value.clone() for name, value in model.state_dict().items() if part in name}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same names, of which there are some, with the same tensors to the last bit."""
+    assert expected
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @torch.no_grad()
 def logits(model: torch.nn.Module, **options) -> torch.Tensor:
     """(2, 11, V) in fp32, on fixed random tokens."""
