@@ -278,7 +278,7 @@ def test_descent_in_closed_form_equals_descent_by_trying_every_exchange(request,
     costs = RandomCosts(seed, levels)
     surrogate = PairSurrogate(costs.pairs(heads), heads)
     generator = random.Random(seed)
-    surrogate.calibrate(ExactCosts(costs), range(3, cap + 1), generator)  # an arbitrary weight for every size
+    surrogate.calibrate(ExactCosts(costs, 1000), range(3, cap + 1), 2, generator)  # an arbitrary weight for every size
     starts = [space.shuffled(generator) for _ in range(3)]
     ends = descend(space, starts, surrogate, 1e-9)
 
@@ -355,7 +355,7 @@ def test_pairs_that_only_rank_are_calibrated():
     }
     assert len(results) == 1
     surrogate = PairSurrogate(costs.pairs(), 12)
-    surrogate.calibrate(ExactCosts(costs), range(2, 7), random.Random(0))
+    surrogate.calibrate(ExactCosts(costs, 1000), range(2, 7), 2, random.Random(0))
     assert surrogate([(0, 1)]) == [0.0] and surrogate([(0, 1, 2)])[0] > 0
 
 

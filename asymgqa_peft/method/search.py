@@ -24,6 +24,7 @@ Score = Callable[[Sequence[Group]], list[float]]  # the same with a memory: exac
 EXHAUSTIVE_HEADS = 8  # at most Bell(8) = 4140 partitions made of 255 groups: look at all of them
 RESTARTS = 8  # random starts of the local search
 EXACT_BUDGET = 128  # evaluate no further exchanges exactly once so many groups have been
+WIDE_BUDGET = 48  # the same of wide heads, whose groups matter less and whose costs take eigenvalues of larger blocks
 FINALISTS = 4  # surrogate optima to compare exactly
 CONFIRM = 8  # exchanges to evaluate exactly at a time, most promising first
 CALIBRATION_DRAWS = 2  # greedy and random groups per size that fit the surrogate's scale
@@ -81,7 +82,7 @@ def search_partition(
         ValueError: if no partition meets the bounds, or a cost is not finite.
     """
     space = PartitionSpace.checked(base_kv_heads, num_groups, max_group_size, symmetric)
-    exact = ExactCosts(costs)
+    exact = ExactCosts(costs, EXACT_BUDGET if exact_pairs else WIDE_BUDGET)
     if base_kv_heads <= EXHAUSTIVE_HEADS:
         candidates = list(space.partitions(tuple(range(base_kv_heads)), num_groups))
         best = _cheapest(space, candidates, exact, _tolerance(candidates, exact))
@@ -89,8 +90,8 @@ def search_partition(
         surrogate = PairSurrogate(pair_costs, base_kv_heads)
         if space.least < space.greatest:
             # With a single size, a scale per size would change nothing.
-            smallest = 3 if exact_pairs else 2
-            surrogate.calibrate(exact, range(smallest, space.greatest + 1), random.Random(seed))
+            smallest, draws = (3, CALIBRATION_DRAWS) if exact_pairs else (2, 1)
+            surrogate.calibrate(exact, range(smallest, space.greatest + 1), draws, random.Random(seed))
         best = _search_by_surrogate(space, exact, surrogate, seed)
     cost, neighbour_cost = _totals([best, space.neighbour], exact)
     return SearchResult(best, cost, neighbour_cost, exact.evaluations)
@@ -99,8 +100,9 @@ def search_partition(
 class ExactCosts:
     """The cost function with a memory, called in batches."""
 
-    def __init__(self, costs: CostFunction):
+    def __init__(self, costs: CostFunction, budget: int):
         self._costs = costs
+        self.budget = budget  # groups after which no further exchange is evaluated
         self._known: dict[Group, float] = {}
 
     def __call__(self, groups: Sequence[Group]) -> list[float]:
@@ -161,11 +163,11 @@ class PairSurrogate:
                 self._known[group] = self.weights[len(group)] * pairs
         return [self._known[group] for group in groups]
 
-    def calibrate(self, exact: ExactCosts, sizes: range, generator: random.Random) -> None:
+    def calibrate(self, exact: ExactCosts, sizes: range, draws: int, generator: random.Random) -> None:
         """Fit the scale of every size to the exact costs of groups grown greedily and of random ones."""
         heads = range(len(self._pairs))
         orders = []
-        for _ in range(CALIBRATION_DRAWS):
+        for _ in range(draws):
             orders.append(self._nearest_first(generator.choice(heads), sizes.stop - 1))
             orders.append(generator.sample(heads, len(heads)))
         samples = {}
@@ -272,7 +274,7 @@ def _refine(
         for exchange in _ranked(exchanges, expected, tolerance):
             (known if exact.knows(exchange) else untried).append(exchange)
         best = _best_exchange(partition, known, exact, tolerance)
-        while best is None and untried and exact.evaluations < EXACT_BUDGET:
+        while best is None and untried and exact.evaluations < exact.budget:
             best = _best_exchange(partition, untried[:CONFIRM], exact, tolerance)
             untried = untried[CONFIRM:]
     return partition
