@@ -41,7 +41,7 @@ class Streams:
                 if not self.original:
                     self.home = _home_of_streams(hidden, sum(batch["input_ids"].numel() for batch in self.batches))
                 self.original.append(hidden.to(self.home))
-            # What runs after the last layer changes no hidden state.
+            # The last layer's arguments are kept: nothing more is wanted of this forward.
             if index == len(layers) - 1:
                 raise Stop
 
