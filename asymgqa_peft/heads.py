@@ -193,8 +193,10 @@ def mean_heads(weights: AttentionWeights, partition: Partition, shape: SharedSha
         "query_mix": selection(pass_parts, shape.pass_sources, base.pass_dim).mT.to(gain),
         "value_mix": selection(value_parts, shape.value_sources, base.head_dim).to(gain),
     }
-    # All query heads of a KV head use the shared head alike.
-    return replace(heads, **{name: each.repeat_interleave(base.queries_per_kv, 0) for name, each in own.items()})
+    for name, each in own.items():
+        # All query heads of a KV head use the shared head alike.
+        own[name] = each.repeat_interleave(base.queries_per_kv, 0)
+    return replace(heads, **own)
 
 
 def part_members(partition: Partition, sources: Sequence[int]) -> Tensor:

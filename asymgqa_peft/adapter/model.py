@@ -52,8 +52,10 @@ class AsymGQAModel(LoraModel):
             self.sites = attention_sites(self.model)
             self._newly_wrapped: set[str] = set()
         check_not_sharded(self.model)
+        self._site_of = {}
+        for each in self.sites:
+            self._site_of |= dict.fromkeys(each.shared_names, each)
         site = self.sites[0]
-        self._site_of = {name: site for site in self.sites for name in site.shared_names}
         self._groups = initial_groups(peft_config, site.shape, len(self.sites))
         self._shape = shared_shape(peft_config, self._groups, site.shape, site.family, self.model.config)
         check_modules_to_save(peft_config, self._site_of)

@@ -91,12 +91,7 @@ def plan_export(
     where the base's head dimension is not hidden size / heads, which more engines honour there. Where neither
     configuration nor class knows a number of KV heads or a head dimension, K/V heads are stored more than once.
 
-    Args:
-        model: the base, wrapped or not.
-        adapter: configuration of the adapter.
-        groups: of the base's KV heads.
-        heads: shape of the shared heads.
-        duplicate_kv_heads, cached_tokens: as for `merge_and_unload`.
+    ``model`` is the base, wrapped or not; ``duplicate_kv_heads`` and ``cached_tokens`` are as for `merge_and_unload`.
 
     Raises:
         ValueError: for a quantised base, or where no stock class can hold the groups; with the remedy.
@@ -177,15 +172,9 @@ class _Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class _Planner:
-    """Lays groups of heads of one shape out in stock classes.
+    """Lays groups of the base's KV heads out in stock classes: its own, or the stand-in if there is one.
 
-    Attributes:
-        base: the base; with the configuration of wide heads for those.
-        groups: of the base's KV heads.
-        family: the base's.
-        shape: the base's; with the width of wide heads for those.
-        stand_in: class that holds the heads in the base's stead, None for the base's own.
-        is_wide: whether heads are wide, which a stand-in holds rather than the base's class.
+    Wide heads stand in the configuration of `base` and in `shape`, and a stand-in holds them rather than the base.
     """
 
     base: StockModel
@@ -263,7 +252,9 @@ class _Planner:
         """Exactly H slots: as many per K/V head as divide every group, large groups stored more than once."""
         base, shape, slots_per_kv = self.base, self.shape, 1
         if self.family.grouped:
-            sizes = {len(group) for partition in self.groups.layers for group in partition}
+            sizes = set()
+            for layer in range(len(self.groups.layers)):
+                sizes.update(self.groups.sizes(layer))
             slots_per_kv = math.gcd(*sizes) * shape.queries_per_kv
         kv_heads, wanted = shape.num_attention_heads // slots_per_kv, self.groups.num_key_value_heads
         if kv_heads > wanted:

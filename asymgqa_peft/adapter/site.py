@@ -207,7 +207,8 @@ class AttentionSite:
                 for suffix, tensor in (("", linear.weight), ("_bias", linear.bias)):
                     if tensor is not None:
                         heads = tensor.detach().unflatten(0, (len(parts), len(layout.partition), -1))
-                        tensors |= {part + suffix: heads[index] for index, part in enumerate(parts)}
+                        for part, each in zip(parts, heads, strict=True):
+                            tensors[part + suffix] = each
             for name, fit in fits.items():
                 tensors[name] = fit.read(layout)
             if key_norm is not None:

@@ -41,6 +41,7 @@ class Streams:
                 if not self.original:
                     self.home = _home_of_streams(hidden, sum(batch["input_ids"].numel() for batch in self.batches))
                 self.original.append(hidden.to(self.home))
+            # The last layer's arguments are kept: nothing more is wanted of this forward.
             if index == len(layers) - 1:
                 raise Stop
 
@@ -91,7 +92,8 @@ def _passing_by(layers: list[nn.Module]) -> Iterator[None]:
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, *seen[0][1:]) if isinstance(seen[0], tuple) else hidden
 
-    own = [vars(layer).get("forward") for layer in layers]  # accelerate's, on a model spread over devices
+    # accelerate's, on a model spread over devices.
+    own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = partial(passing, layer.forward, [])
     try:

@@ -75,6 +75,7 @@ class Walk:
             torch.cuda.reset_peak_memory_stats()
         with self._timed("capture"), self.model.disable_adapter():
             self.streams.capture(self.tuner.model, self.layers)
+        # All LoRA starts anew: what an earlier call or training left would be added to the refit.
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer) and self.adapter in layer.lora_B and _plain_start(self.config):
                 _write_lora(layer, self.adapter, None)
@@ -157,7 +158,8 @@ class Walk:
         index, streams = site.layer, self.streams
         with ThreadPoolExecutor(1) as beside:
             searching = beside.submit(self._search, moments, index)
-            if not on_gpu:  # the streams would need the same cores
+            if not on_gpu:
+                # The streams would need the same cores.
                 with self._timed("search"):
                     wait([searching])
             if index:
@@ -184,7 +186,8 @@ class Walk:
                 with suppress(Stop):
                     call()
                 if record.keys() != sources.keys():
-                    break  # `recording` says which never ran
+                    # `recording` says which never ran.
+                    break
                 statistics.update(*site.heads_of_outputs(record), mask=self.streams.masks[batch])
         statistics.reduce()
         return statistics.moments(weights.output).to("cpu")
@@ -216,10 +219,12 @@ class Walk:
         principal = pairs = pair_costs(quick, "residual", "principal")
         similarity = head_similarity(moments, principal)
         if config.merge == "principal":
+            # Only its costs are sums of eigenvalues, which float32 knows well enough.
             moments = quick
         choices = {"criterion": config.criterion, "merge": config.merge}
         costs = partial(group_costs, moments, shape=self.shared_shape, **choices)
         if config.grouping in ("symmetric", "asymmetric"):
+            # The principal residual of all pairs is known already.
             if choices != {"criterion": "residual", "merge": "principal"}:
                 pairs = pair_costs(moments, **choices)
             found = search_partition(
@@ -250,7 +255,8 @@ class Walk:
 
         def collect(_module: nn.Module, args: tuple) -> None:
             refit.update(args[0], targets[batch], streams.masks[batch])
-            targets[batch] = None  # its memory is needed to solve
+            # Its memory is needed to solve.
+            targets[batch] = None
             raise Stop
 
         handle = base_layer(site.output).register_forward_pre_hook(collect)
@@ -271,6 +277,7 @@ class Walk:
             mix = refit.head_mix(site.shape.num_attention_heads)
             mixed = refit.with_head_mix(mix)
             mixed_factors = mixed.low_rank(rank, scaling)
+            # Two ridges in a row may end worse than one: take what fits better.
             if mixed.objective(_product(mixed_factors, scaling)) < refit.objective(_product(factors, scaling)):
                 site.compose_value_mix(self.adapter, mix)
                 factors = mixed_factors
@@ -302,7 +309,8 @@ def peak_memory() -> int:
         import psutil
 
         return psutil.Process().memory_info().peak_wset
-    import resource  # Windows has none
+    # Windows has no such module.
+    import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, Linux kibibytes.
@@ -338,7 +346,8 @@ def _write_lora(layer: LoraLayer, adapter_name: str, factors: tuple[Tensor, Tens
         lora_a[:rank].copy_(factors[0])
         lora_b[:, :rank].copy_(factors[1])
     magnitude = getattr(layer, "lora_magnitude_vector", {})
-    if adapter_name in magnitude:  # DoRA: its norm has to follow, or it rescales the refit
+    if adapter_name in magnitude:
+        # DoRA: its norm has to follow, or it rescales the refit.
         magnitude[adapter_name].update_layer(
             base_layer=layer.get_base_layer(), lora_A=lora_a, lora_B=lora_b, scaling=layer.scaling[adapter_name]
         )

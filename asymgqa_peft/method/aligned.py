@@ -55,14 +55,9 @@ def _align_phases(gram: Tensor) -> Tensor:
 
 
 def _align_vectors(second: Tensor, dim: int) -> Tensor:
-    """Generalised Procrustes: orthogonal Q_k, side by side, that bring the Q_k v_k together.
+    """Generalised Procrustes: orthogonal Q_k, side by side (b, N, n N), that bring the Q_k v_k together.
 
-    Args:
-        second: (b, n N, n N) raw second moments.
-        dim: N.
-
-    Returns:
-        (b, N, n N).
+    ``second`` (b, n N, n N) are raw second moments, ``dim`` is N.
     """
     count, size = second.shape[0], second.shape[-1] // dim
     strongest = torch.diagonal(second, dim1=-2, dim2=-1).unflatten(-1, (size, dim)).sum(-1).argmax(-1)

@@ -66,7 +66,8 @@ def _parts_of_one_size(groups: Sequence[Group], shape: SharedShape, smallest: in
         elements = max((size * shape.base.head_dim) ** 2, size**2 * shape.base.rotary_dim)
         share = math.ceil(len(indices) / (_PARTS_PER_THREAD * torch.get_num_threads()))
         chunk = max(1, min(CHUNK_ELEMENTS // elements, share))
-        parts += [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
+        for start in range(0, len(indices), chunk):
+            parts.append(indices[start : start + chunk])
     return parts
 
 

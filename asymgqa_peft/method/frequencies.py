@@ -18,10 +18,7 @@ def next_eigenvalues(moments: LayerMoments, partition: Partition, shape: SharedS
     That is the largest eigenvalue which the groups' shared heads leave out, summed over the groups; 0 for a group that
     has no more heads than its shared head has pairs of the frequency.
 
-    Args:
-        moments: what calibration found.
-        partition: the layer's groups.
-        shape: of the shared heads so far.
+    ``shape`` is that of the shared heads so far.
     """
     count = moments.key_gram.shape[0]
     copies = [shape.frequencies.count(frequency) for frequency in range(count)]

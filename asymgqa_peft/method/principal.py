@@ -80,13 +80,8 @@ def frequencies_by_copies(frequencies: Sequence[int], count: int) -> dict[int, l
 def _key_basis(basis: Tensor, root: Tensor, part: Tensor) -> Maps:
     """Encode and decode of rotary keys in the basis nearest to the parts: gains of mean square 1 and mean phase 0.
 
-    Args:
-        basis: (b, f, n, c) orthonormal, the c eigenvectors that f frequencies keep.
-        root: (b, f, n).
-        part: (n, c) of 0 and 1, which members each of the c pairs is the mean of in `mean_heads`.
-
-    Returns:
-        Encode and decode, each (b, f, c, n).
+    Of an orthonormal basis (b, f, n, c), the c eigenvectors that f frequencies keep, roots (b, f, n), and ``part``
+    (n, c) of 0 and 1, which members each of the c pairs is the mean of in `mean_heads`: each (b, f, c, n).
     """
     size, copies = part.shape
     if copies > 1:
@@ -104,13 +99,8 @@ def _key_basis(basis: Tensor, root: Tensor, part: Tensor) -> Maps:
 def _vector_basis(basis: Tensor, roots: Tensor, parts: Tensor) -> Maps:
     """Encode and decode of vectors in the basis nearest to the parts, by a rotation and their mean metric.
 
-    Args:
-        basis: (b, n N, m) orthonormal, the m eigenvectors that are kept.
-        roots: (b, n, N, N) roots S_k of the members' metrics.
-        parts: (n, N, m) of 0 and 1, R_k: what `mean_heads` decodes with.
-
-    Returns:
-        Encode (b, m, n N) and decode (b, n N, m).
+    Of an orthonormal basis (b, n N, m), the m eigenvectors that are kept, roots S_k (b, n, N, N) of the members'
+    metrics, and parts R_k (n, N, m) of 0 and 1, what `mean_heads` decodes with: (b, m, n N) and (b, n N, m).
     """
     encode = times_blocks(basis.mT, roots)
     decode = times_blocks(basis.mT, torch.linalg.inv(roots)).mT

@@ -153,7 +153,9 @@ class PairSurrogate:
         self.matrix = upper + upper.T  # (K, K)
         self._pairs = self.matrix.tolist()
         # By size of the group, what the summed cost of its pairs is multiplied by; K + 1 for a move into all others.
-        self.weights = [0.0] + [2 / size for size in range(1, base_kv_heads + 2)]
+        self.weights = [0.0]
+        for size in range(1, base_kv_heads + 2):
+            self.weights.append(2 / size)
         self._known: dict[Group, float] = {}
 
     def __call__(self, groups: Sequence[Group]) -> list[float]:
@@ -268,7 +270,9 @@ def _refine(
     while best is not None:
         partition, best = best, None
         exchanges = space.exchanges(partition)
-        expected = [_expected_change(partition, exchange, surrogate, exact) for exchange in exchanges]
+        expected = []
+        for exchange in exchanges:
+            expected.append(_expected_change(partition, exchange, surrogate, exact))
         # What is known costs nothing to look at.
         known, untried = [], []
         for exchange in _ranked(exchanges, expected, tolerance):
@@ -353,7 +357,10 @@ def _cheapest(space: PartitionSpace, candidates: Sequence[Partition], score: Sco
     """The cheapest candidate. Ties go to the neighbour partition, then to the first in order of groups."""
     totals = _totals(candidates, score)
     limit = min(totals) + tolerance
-    tied = [partition for total, partition in zip(totals, candidates, strict=True) if total <= limit]
+    tied = []
+    for total, partition in zip(totals, candidates, strict=True):
+        if total <= limit:
+            tied.append(partition)
     if space.neighbour in tied:
         return space.neighbour
     return min(tied)
