@@ -9,7 +9,19 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from models import GROUPS, LAYERS, VOCAB, adapter_config, prompt, random_model, tiny_config, tiny_llama, tiny_phi, wrap
+from models import (
+    GROUPS,
+    LAYERS,
+    VOCAB,
+    adapter_config,
+    assert_equal,
+    prompt,
+    random_model,
+    tiny_config,
+    tiny_llama,
+    tiny_phi,
+    wrap,
+)
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -93,12 +105,22 @@ def train(trainer):
 
 
 def train_losses(trainer):
-    return [entry["loss"] for entry in train(trainer)]
+    trainer.train()
+    return logged_losses(trainer)
+
+
+def parameters(model):
+    """Copies of all parameters, by name."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def shared_parameters(model):
     """Copies of the parameters of shared K/V heads, by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if SHARED.search(name)}
+    return {name: values for name, values in parameters(model).items() if SHARED.search(name)}
+
+
+def logged_losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def first_loss(trainer, **arguments):
@@ -147,8 +169,7 @@ def test_weight_zero_is_sft_to_the_last_bit(tokenizer, tmp_path, accumulation):
         weights.append(model.state_dict())
     assert [entry["loss"] for entry in logs[0]] == [entry["loss"] for entry in logs[1]]
     assert logs[0][0].keys() == logs[1][0].keys()
-    for name, weight in weights[0].items():
-        assert torch.equal(weights[1][name], weight), name
+    assert_equal(weights[1], weights[0])
     assert logs[0][0]["loss"] != logs[0][-1]["loss"]
 
 
@@ -294,12 +315,11 @@ def model_with_wrapped_output_layer():
 )
 def test_output_layer_that_does_not_explain_the_logits_is_refused(tokenizer, tmp_path, make, found):
     model = make()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = parameters(model)
     trainer = build(model, token_dataset(documents(16)), tokenizer, tmp_path)
     with pytest.raises(ValueError, match=f"{found}.*distillation_weight=0, or .*plain linear layer"):
         trainer.train()
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
+    assert_equal(parameters(model), before)
     assert trainer.state.global_step == 0
 
 
@@ -475,11 +495,11 @@ def test_checkpointing_gives_the_same_losses(tokenizer, tmp_path, reentrant):
 
 def test_distillation_lowers_the_loss_and_leaves_the_base_untouched(tokenizer, tmp_path):
     model = adapted()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = parameters(model)
     logs = train(build(model, token_dataset(documents(32)), tokenizer, tmp_path, max_steps=30, num_train_epochs=9))
     assert logs[-1]["loss"] < 0.5 * logs[0]["loss"]
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if "lora_" in name}
+    for name, values in parameters(model).items():
+        assert torch.equal(values, before[name]) == ("lora_" not in name), name
 
 
 def test_resumed_run_ends_with_the_same_weights(tokenizer, tmp_path):
@@ -491,8 +511,7 @@ def test_resumed_run_ends_with_the_same_weights(tokenizer, tmp_path):
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     assert sorted(set(rates)) == rates[:1]  # linear decay has brought every group to 0
-    for (name, first), second in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(first, second), name
+    assert_equal(parameters(resumed), parameters(whole))
 
 
 def test_a_fresh_wrap_resumes_with_the_groups_of_its_checkpoint(tokenizer, tmp_path):
@@ -509,8 +528,7 @@ def test_a_fresh_wrap_resumes_with_the_groups_of_its_checkpoint(tokenizer, tmp_p
     assert fresh.base_model.head_groups("default") != searched
     trainer = build(fresh, dataset, tokenizer, tmp_path, **options)
     trainer.train(resume_from_checkpoint=True)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses == expected and len(losses) == 4
+    assert logged_losses(trainer) == expected and len(expected) == 4
     assert fresh.base_model.head_groups("default") == searched
     assert fresh.peft_config["default"].head_groups == searched.to_lists()
 
@@ -633,17 +651,29 @@ def test_optimizer_that_is_passed_in_is_left_alone(tokenizer, tmp_path):
     assert len(trainer.create_optimizer().param_groups) == 1
 
 
+def lora_dtypes(model):
+    return {parameter.dtype for name, parameter in model.named_parameters() if "lora_A" in name}
+
+
+def assert_float32_and_moved(model, before):
+    """Nearly every number of the shared heads has moved: bf16 would swallow steps of this size."""
+    for name, values in before.items():
+        parameter = model.get_parameter(name)
+        assert parameter.dtype == torch.float32
+        assert (parameter != values).float().mean() > 0.9, name
+
+
 def test_shared_parameters_stay_float32_on_a_quantised_base(tokenizer, tmp_path):
     model = adapted()
     model.is_loaded_in_4bit = True  # what makes SFTTrainer cast; the base itself need not be quantised for that
     exact = shared_parameters(model)
-    assert any(not torch.equal(x, x.bfloat16().float()) for x in exact.values())
+    for values in exact.values():
+        assert not torch.equal(values, values.bfloat16().float())  # rounding would show
     trainer = build(model, token_dataset(documents(16)), tokenizer, tmp_path)
-    parameters = dict(model.named_parameters())
-    assert {parameters[name].dtype for name in parameters if "lora_A" in name} == {torch.bfloat16}  # TRL did cast
-    for name, values in exact.items():
-        assert parameters[name].dtype == torch.float32 and torch.equal(parameters[name], values)
-    assert all(p is parameters[name] for name, p in trainer.model.named_parameters())
+    assert lora_dtypes(model) == {torch.bfloat16}  # TRL did cast
+    assert_equal(shared_parameters(model), exact)
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter is model.get_parameter(name)
 
 
 def test_four_bit_base_trains_float32_shared_parameters(tokenizer, tmp_path):
@@ -654,12 +684,10 @@ def test_four_bit_base_trains_float32_shared_parameters(tokenizer, tmp_path):
     model = adapted(base)
     before = shared_parameters(model)
     logs = train(build(model, token_dataset(documents(16)), tokenizer, tmp_path, learning_rate=1e-4))
-    assert all(0 < entry["distillation_loss"] < 10 for entry in logs)
-    assert {p.dtype for name, p in model.named_parameters() if "lora_A" in name} == {torch.bfloat16}
-    for name, values in before.items():
-        parameter = model.get_parameter(name)
-        assert parameter.dtype == torch.float32
-        assert (parameter != values).float().mean() > 0.9, name
+    for entry in logs:
+        assert 0 < entry["distillation_loss"] < 10
+    assert lora_dtypes(model) == {torch.bfloat16}
+    assert_float32_and_moved(model, before)
 
 
 def test_bfloat16_base_trains_float32_shared_parameters(tokenizer, tmp_path):
@@ -667,11 +695,9 @@ def test_bfloat16_base_trains_float32_shared_parameters(tokenizer, tmp_path):
     trainer = build(model, token_dataset(documents(16)), tokenizer, tmp_path, max_steps=4, learning_rate=1e-4)
     before = shared_parameters(model)
     logs = train(trainer)
-    assert all(0 < entry["loss"] < 10 for entry in logs)
-    for name, values in before.items():
-        parameter = model.get_parameter(name)
-        assert parameter.dtype == torch.float32
-        assert (parameter != values).float().mean() > 0.9  # bf16 would swallow steps of this size
+    for entry in logs:
+        assert 0 < entry["loss"] < 10
+    assert_float32_and_moved(model, before)
 
 
 def test_bf16_autocast_is_close_to_float32(tokenizer, tmp_path):
