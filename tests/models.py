@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from asymgqa_peft import AsymGQAConfig
 
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""What forward calls its cache: transformers 5.24 has renamed it."""
 VOCAB = 101
 HEADS = 8
 MHA_GROUPS = [[[6, 1, 3, 0, 7], [5, 2], [4]], [[2], [7, 0, 5, 3, 6], [1, 4]]]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from models import CACHE
 from peft import get_peft_model
 from transformers import BatchEncoding, DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -90,7 +91,7 @@ def test_cache_bytes_equal_what_a_cache_holds():
 
     def held(use) -> int:
         cache = DynamicCache(config=base.config)
-        use(torch.randint(0, 61, (1, 10)), past_key_values=cache)
+        use(torch.randint(0, 61, (1, 10)), **{CACHE: cache})
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 10
 
     assert kv_cache_bytes_per_token(model, torch.float32) == held(model)
