@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
-from .adapter.site import attention_sites, evaluating
+from .adapter.site import attention_sites, evaluating, unwrap
 from .batches import Batch, checked_batches
 from .families import head_shape
 
@@ -131,15 +132,20 @@ def decode_speed(
     speeds = []
     with evaluating(model):
         for _ in range(repeats):
-            cache = DynamicCache(config=model.config)
-            token = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            cache = {_cache_argument(model): DynamicCache(config=model.config)}
+            token = model(prompt, **cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
             synchronize()
             start = time.perf_counter()
             for _ in range(new_tokens):
-                token = model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+                token = model(token, **cache, use_cache=True).logits.argmax(-1)
             synchronize()
             speeds.append(batch_size * new_tokens / (time.perf_counter() - start))
     return sorted(speeds)[repeats // 2]
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """What a model's forward calls its cache: transformers 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(unwrap(model).forward).parameters else "past_key_values"
 
 
 def _predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

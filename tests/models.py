@@ -8,15 +8,18 @@ each call makes a new one.
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from asymgqa_peft import AsymGQAConfig
 
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""What forward calls its cache: transformers 5.24 has renamed it."""
 VOCAB = 101
 LAYERS = 2
 HEADS = 8

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from models import CASES, config_of, left_padded, random_model, wrap
+from models import CACHE, CASES, config_of, left_padded, random_model, wrap
 from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -24,10 +24,10 @@ def step_logits(model, implementation: str, static: bool, padded: bool) -> torch
     config = model.config
     cache = StaticCache(config=config, max_cache_len=16) if static else DynamicCache(config=config)
     model.set_attn_implementation("sdpa")
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **{CACHE: cache})
     model.set_attn_implementation(implementation)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-    return model(input_ids=inputs["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache).logits
+    return model(input_ids=inputs["input_ids"][:, -1:], attention_mask=mask, **{CACHE: cache}).logits
 
 
 @pytest.mark.parametrize("merged", [False, True])

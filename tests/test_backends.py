@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from models import CASES, MHA_GROUPS, adapted, left_padded, prompt, stock, wrap
+from models import CACHE, CASES, MHA_GROUPS, adapted, left_padded, prompt, stock, wrap
 from reference import dense_reference, greedy_alone, relative_error, rows_alone
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache
@@ -66,7 +66,7 @@ def test_a_prompt_prefilled_in_chunks_gives_the_same_logits(name: str, cache_cla
     expected = rows_alone(reference(name), {"input_ids": ids})
     options = {"max_cache_len": ids.shape[1]} if cache_class is StaticCache else {}
     cache = cache_class(config=model.config, **options)
-    chunks = [model(chunk, past_key_values=cache).logits for chunk in ids.split([5, 1, 4, 2], dim=1)]
+    chunks = [model(chunk, **{CACHE: cache}).logits for chunk in ids.split([5, 1, 4, 2], dim=1)]
     error = (torch.cat(chunks, dim=1).double() - torch.stack(expected)).abs().max()
     assert error < TOLERANCE * torch.stack(expected).abs().max()
     assert {layer.keys.shape[1] for layer in cache.layers} == {3}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import GROUPS, VOCAB, tiny_llama, wrap
+from models import CACHE, GROUPS, VOCAB, tiny_llama, wrap
 from transformers import BatchEncoding, DynamicCache
 
 from asymgqa_peft.evaluate import (
@@ -72,7 +72,7 @@ def test_cache_bytes_equal_what_a_cache_holds():
 
     def held(use) -> int:
         cache = DynamicCache(config=base.config)
-        use(torch.randint(0, VOCAB, (1, 10)), past_key_values=cache)
+        use(torch.randint(0, VOCAB, (1, 10)), **{CACHE: cache})
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 10
 
     assert kv_cache_bytes_per_token(model, torch.float32) == held(model)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import (
+    CACHE,
     CASES,
     EQUAL_GROUPS,
     HEADS,
@@ -446,7 +447,7 @@ def test_prefill_operations_are_those_that_torch_counts(name: str, tokens: int):
         cache = DynamicCache(config=model.config)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             for token in prompt(1, tokens).split(1, dim=1):
-                model.base_model(token, past_key_values=cache)
+                model.base_model(token, **{CACHE: cache})
         operations = counter.get_flop_counts()
         rotary = [sum(count.values()) for module, count in operations.items() if module.endswith("rotary_emb")]
         assert counted.prefill_flops_per_token * tokens == counter.get_total_flops() - sum(rotary)

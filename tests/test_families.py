@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from models import CASES, VOCAB, adapted, config_of, left_padded, prompt, random_model, stock, wrap
+from models import CACHE, CASES, VOCAB, adapted, config_of, left_padded, prompt, random_model, stock, wrap
 from peft import PeftModel
 from reference import dense_reference, greedy_alone, relative_error, rows_alone
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, StaticCache
@@ -127,7 +127,7 @@ def test_caches_hold_the_shared_heads_only(name: str):
     heads = case.num_groups if FAMILIES[case.model_type].grouped else 8
     static = StaticCache(model.config, max_cache_len=16)
     for cache_ in (None, static):
-        stored = model(prompt(), past_key_values=cache_, use_cache=True).past_key_values
+        stored = model(prompt(), **{CACHE: cache_}, use_cache=True).past_key_values
         assert [layer.keys.shape[1] for layer in stored.layers] == [heads] * 2
         assert [layer.values.shape[1] for layer in stored.layers] == [heads] * 2
 

