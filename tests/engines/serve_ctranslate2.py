@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.convert_ctranslate2 import convert  # noqa: E402
+from recipes.convert_ctranslate2 import convert
 
 
 class Engine:
