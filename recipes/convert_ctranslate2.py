@@ -31,7 +31,7 @@ def convert(checkpoint: Path, output: Path, quantization: str | None = None):
     """Write the converted model, and return CTranslate2's specification of it.
 
     Raises:
-        SystemExit: if the checkpoint's RoPE is of type longrope with two lists of factors.
+        SystemExit: if the checkpoint's RoPE is of type longrope and CTranslate2 cannot hold its factors.
     """
     from ctranslate2.converters import TransformersConverter
 
@@ -47,12 +47,18 @@ def convert(checkpoint: Path, output: Path, quantization: str | None = None):
 
 
 def complete(spec, config: dict) -> None:
-    """Set what the converter leaves out of a decoder's specification."""
+    """Set what the converter leaves out of a decoder's specification, before anything is written."""
     spec.config.unk_token = spec.config.unk_token or ""
     if longrope(config) is None:
         return
     factors = np.float32(single_factors(config))
     for layer in spec.decoder.layer:
+        # Some loaders do not look at the type of RoPE, and CTranslate2 would compute with plain RoPE.
+        if not hasattr(layer.self_attention, "rotary_scaling_short_factor"):
+            raise SystemExit(
+                f"CTranslate2's loader of {config['architectures'][0]} does not know RoPE of type longrope, which "
+                "wide heads need: serve it with transformers."
+            )
         layer.self_attention.rotary_scaling_short_factor = factors
         layer.self_attention.rotary_scaling_long_factor = factors
 

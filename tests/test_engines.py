@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from models import CASES, adapted
 from safetensors.numpy import save_file
+
+from recipes import convert_ctranslate2
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS / "engines"))
@@ -122,28 +126,99 @@ def test_the_table_fails_for_an_engine_without_result_but_not_for_the_control(tm
     assert "FAIL: no result" in capsys.readouterr().out
 
 
-def test_the_converter_believes_the_user_only_where_it_knows_nothing(tmp_path):
-    (tmp_path / "conversion").mkdir()
-    (tmp_path / "conversion" / "base.py").write_text(
-        "class TextModel:\n"
-        "    def get_vocab_base_pre(self, tokenizer):\n"
-        "        if tokenizer == 'unheard of':\n"
-        "            raise NotImplementedError\n"
-        "        return tokenizer\n"
-    )
-    (tmp_path / "convert_hf_to_gguf.py").write_text(
-        "import sys\n"
-        "from conversion.base import TextModel\n"
-        "def main():\n"
-        "    print(sys.argv[1:], [TextModel().get_vocab_base_pre(name) for name in ('qwen2', 'unheard of')])\n"
-    )
+# Made-up sources, whose converter is like the real one where our recipe reaches in: of a checkpoint it writes the RoPE
+# alone; of the folder "tokenizer" it prints how it names two pre-tokenizers.
+LLAMA_CPP = TESTS / "engines" / "llama_cpp"
+
+
+def convert_to_gguf(sources: Path, checkpoint: Path | str, file: Path | str) -> subprocess.CompletedProcess:
     converter = TESTS.parent / "recipes" / "convert_gguf.py"
-    command = [sys.executable, str(converter), str(tmp_path), "gpt-2", "folder", "--outtype", "f32"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert printed == "['folder', '--outtype', 'f32'] ['qwen2', 'gpt-2']\n"
-    command[2] = str(tmp_path / "conversion")
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 2 and f"LLAMA_CPP={command[2]} lacks convert_hf_to_gguf.py" in refused.stderr
+    command = [sys.executable, str(converter), str(sources), "gpt-2", str(checkpoint), "--outfile", str(file)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_converter_believes_the_user_only_where_it_knows_nothing():
+    converted = convert_to_gguf(LLAMA_CPP, "tokenizer", "file")
+    assert converted.stdout == "['tokenizer', '--outfile', 'file'] ['qwen2', 'gpt-2']\n", converted.stderr
+    refused = convert_to_gguf(LLAMA_CPP / "conversion", "tokenizer", "file")
+    assert refused.returncode == 2
+    assert f"LLAMA_CPP={LLAMA_CPP / 'conversion'} lacks convert_hf_to_gguf.py" in refused.stderr
+
+
+@cache
+def merged_config(name: str) -> dict:
+    """Configuration of a case's merged model, as it is saved."""
+    return adapted(name).merge_and_unload().config.to_dict()
+
+
+def saved(folder: Path, config: dict) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama-wide", "llama-wide-odd", "mistral-wide", "phi3-wide"])
+def test_a_gguf_of_wide_heads_holds_their_factors(tmp_path, name):
+    gguf = pytest.importorskip("gguf")
+    config = merged_config(name)
+    converted = convert_to_gguf(LLAMA_CPP, saved(tmp_path / "plain", config), tmp_path / "model.gguf")
+    assert converted.returncode == 0, converted.stderr
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    written = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert written.keys() == {"rope_freqs.weight"}
+    expected = np.float32(config["rope_parameters"]["short_factor"])
+    assert len(expected) == CASES[name].head_dim / 2
+    np.testing.assert_array_equal(written["rope_freqs.weight"], expected)
+    # llama.cpp reads the tensor only without a scaling type; the frequencies are divided by the factors.
+    assert "llama.rope.scaling.type" not in reader.fields
+    assert reader.fields["llama.rope.freq_base"].contents() == config["rope_parameters"]["rope_theta"]
+
+
+def test_a_gguf_of_narrow_heads_is_as_the_converter_writes_it(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    config = merged_config("mistral")
+    assert convert_to_gguf(LLAMA_CPP, saved(tmp_path / "plain", config), tmp_path / "model.gguf").returncode == 0
+    assert not gguf.GGUFReader(tmp_path / "model.gguf").tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("qwen2-wide", "was removed: the RoPE factors of Qwen2ForCausalLM were lost"), ("phi3-wide-long", "another for")],
+)
+def test_a_gguf_without_the_factors_does_not_stay(tmp_path, name, reason):
+    pytest.importorskip("gguf")
+    config = merged_config(name)
+    refused = convert_to_gguf(LLAMA_CPP, saved(tmp_path / "plain", config), tmp_path / "model.gguf")
+    assert refused.returncode == 1 and reason in refused.stderr.splitlines()[-1]
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def decoder(*, longrope: bool) -> SimpleNamespace:
+    """Like CTranslate2's specification of a decoder of two layers; what is to be set stands there as None."""
+    factors = dict.fromkeys(["rotary_scaling_short_factor", "rotary_scaling_long_factor"] if longrope else [])
+    layers = [SimpleNamespace(self_attention=SimpleNamespace(**factors)) for _ in range(2)]
+    return SimpleNamespace(config=SimpleNamespace(unk_token=None), decoder=SimpleNamespace(layer=layers))
+
+
+def test_ctranslate2_is_told_the_factors_of_every_layer():
+    config, spec = merged_config("llama-wide"), decoder(longrope=True)
+    convert_ctranslate2.complete(spec, config)
+    for layer in spec.decoder.layer:
+        for name in ("short_factor", "long_factor"):
+            written = getattr(layer.self_attention, f"rotary_scaling_{name}")
+            assert written.dtype == np.float32
+            np.testing.assert_array_equal(written, np.float32(config["rope_parameters"][name]))
+    assert spec.config.unk_token == ""
+
+
+def test_ctranslate2_gets_no_factors_that_it_would_not_use():
+    narrow = decoder(longrope=False)
+    convert_ctranslate2.complete(narrow, merged_config("mistral"))
+    assert all(not vars(layer.self_attention) for layer in narrow.decoder.layer)
+    with pytest.raises(SystemExit, match="loader of GemmaForCausalLM does not know RoPE of type longrope"):
+        convert_ctranslate2.complete(decoder(longrope=False), merged_config("gemma-wide"))
+    with pytest.raises(SystemExit, match="another for long ones"):
+        convert_ctranslate2.complete(decoder(longrope=True), merged_config("phi3-wide-long"))
 
 
 def test_every_engine_has_its_runner():

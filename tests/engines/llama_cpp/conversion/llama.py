@@ -1,0 +1,5 @@
+from .base import TextModel
+
+
+class LlamaModel(TextModel):
+    pass
