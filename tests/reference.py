@@ -9,6 +9,7 @@ Of wide heads it makes every query head's own key and value instead: the same cl
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from torch import nn
@@ -26,11 +27,11 @@ class GroupedKeyNorm(nn.Module):
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
         heads = keys.unflatten(-1, (-1, self.head_dim))
-        shared = torch.stack([heads[..., self.group_of.index(g), :] for g in range(max(self.group_of) + 1)], dim=-2)
-        shared = shared.flatten(-2)
+        firsts = [self.group_of.index(group) for group in sorted(set(self.group_of))]
+        shared = heads[..., firsts, :].flatten(-2)
         shared = shared * (shared.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
         shared = shared.unflatten(-1, (-1, self.head_dim))
-        return torch.stack([shared[..., g, :] for g in self.group_of], dim=-2).flatten(-2)
+        return shared[..., self.group_of, :].flatten(-2)
 
 
 @torch.no_grad()
@@ -38,14 +39,21 @@ def dense_reference(base: nn.Module, adapter: nn.Module, groups, scaling: float 
     """The stock class in float64 with eager attention that computes what `adapter` on `base` must compute."""
     model = copy.deepcopy(base).double().eval()
     model.set_attn_implementation("eager")
-    prefix = "base_model.model."
-    state = {key.removeprefix(prefix): value.detach().double() for key, value in adapter.state_dict().items()}
+    state = _below(adapter.state_dict(), "base_model.model.")
     _merge_lora(model, state, scaling, name)
     attentions = [m for m in model.named_modules() if m[0].endswith((".self_attn", ".attention"))]
     for (path, attention), partition in zip(attentions, groups, strict=True):
-        here = {key.removeprefix(path + "."): value for key, value in state.items() if key.startswith(path + ".")}
-        _expand(attention, model.config, here, partition, name)
+        _expand(attention, model.config, _below(state, path + "."), partition, name)
     return model
+
+
+def _below(state: dict, prefix: str) -> dict[str, torch.Tensor]:
+    """What stands under a prefix, in float64 and without the prefix."""
+    found = {}
+    for key, value in state.items():
+        if key.startswith(prefix):
+            found[key.removeprefix(prefix)] = value.detach().double()
+    return found
 
 
 def _merge_lora(model: nn.Module, state: dict, scaling: float, name: str) -> None:
@@ -62,18 +70,21 @@ def _expand(attention: nn.Module, config, state: dict, partition, name: str) -> 
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", heads)
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    group_of = [next(g for g, group in enumerate(partition) if k in group) for k in range(kv_heads)]
+    group_of = [0] * kv_heads
+    for group, members in enumerate(partition):
+        for kv_head in members:
+            group_of[kv_head] = group
     fused = FUSED.get(config.model_type)
     shared_key, shared_value = _shared(state, fused, len(partition), name)
     rows = _rows(getattr(attention, fused or "q_proj"), dim)
-    query = [rows[3 * h if config.model_type == "gpt_neox" else h] for h in range(heads)]
+    query = list(rows[: 3 * heads : 3] if config.model_type == "gpt_neox" else rows[:heads])
     if shared_key.shape[1] != dim:
         _expand_wide(attention, config, state, query, shared_key, shared_value, group_of, name)
         return
     query = [_query_matrix(state, h, dim, name) @ query[h] for h in range(heads)]
     key, value = [shared_key[g] for g in group_of], [shared_value[g] for g in group_of]
     if config.model_type == "gpt_neox":
-        _write(attention.query_key_value, [row for qkv in zip(query, key, value, strict=True) for row in qkv])
+        _write(attention.query_key_value, list(itertools.chain(*zip(query, key, value, strict=True))))
     elif fused:
         _write(attention.qkv_proj, query + key + value)
     else:
@@ -180,8 +191,13 @@ def _query_matrix(state: dict, head: int, dim: int, name: str) -> torch.Tensor:
 @torch.no_grad()
 def rows_alone(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Logits (T_row, V) of each row run by itself, without its padding: what any padded batch must reproduce."""
+    return [model(ids).logits[0] for ids in _without_padding(inputs)]
+
+
+def _without_padding(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The real tokens (1, T_row) of each row."""
     masks = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-    return [model(ids[mask][None]).logits[0] for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
+    return [ids[mask][None] for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
 
 
 @torch.no_grad()
@@ -189,17 +205,16 @@ def relative_error(model: nn.Module, inputs: dict[str, torch.Tensor], expected: 
     """Largest logit difference at real tokens, relative to the largest expected logit."""
     logits = model(**inputs).logits.double()
     masks = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-    worst = max((row[m] - e).abs().max() for row, m, e in zip(logits, masks, expected, strict=True))
-    return (worst / max(e.abs().max() for e in expected)).item()
+    assert [len(row) for row in expected] == masks.sum(1).tolist()
+    wanted = torch.cat(expected)
+    return ((logits[masks] - wanted).abs().max() / wanted.abs().max()).item()
 
 
 @torch.no_grad()
 def greedy_alone(model: nn.Module, inputs: dict[str, torch.Tensor], tokens: int) -> torch.Tensor:
     """Greedy continuation (B, tokens) of each row by itself: the plainest loop, no cache, no `generate`."""
-    masks = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     continuations = []
-    for ids, mask in zip(inputs["input_ids"], masks, strict=True):
-        sequence = ids[mask][None]
+    for sequence in _without_padding(inputs):
         for _ in range(tokens):
             logits = model(sequence, use_cache=False).logits[:, -1]
             sequence = torch.cat([sequence, logits.argmax(-1, keepdim=True)], dim=1)
