@@ -1,9 +1,7 @@
-"""Decoding in transformers that reads shared K/V heads as the cache holds them.
+"""Decoding in transformers that reads shared K/V heads as the cache holds them, for those who use no engine.
 
-transformers' sdpa writes K/V out for every query head as soon as a mask is given, which a static cache and padding
-both do: any grouped-query model is then slower than the multi-head one it came from. Since 5.23 it does so under
-torch.compile only. Engines do not do that, and flash-attn does not either; this is for those who decode with
-transformers and PyTorch alone.
+transformers' sdpa writes K/V out for every query head as soon as a mask is given (a static cache, padding), since 5.23
+under torch.compile only: any grouped-query model is then slower than the multi-head one it came from.
 """
 
 from __future__ import annotations
@@ -48,13 +46,10 @@ def grouped_sdpa(
     grouped_step = query.shape[2] == 1 and query.shape[1] != key.shape[1]
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
     if not grouped_step or not one_mask or any(kwargs.get(name) is not None for name in _SPECIAL):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        kwargs |= {"dropout": dropout, "scaling": scaling}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     folded = fold(query, key.shape[1])
-    out = F.scaled_dot_product_attention(
-        folded, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
-    )
+    out = F.scaled_dot_product_attention(folded, key, value, attention_mask, dropout, scale=scaling)
     return out.reshape(query.shape).transpose(1, 2).contiguous(), None
 
 

@@ -1,6 +1,6 @@
 """The model card: what was done to which base, what it saves, how to use it. Nothing is claimed that is not known.
 
-Its text is `model_card.md`; the functions here find out what stands in the braces.
+Its text is the template `model_card.md`; the functions here find out what stands in the braces.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
+from . import __version__
 from .adapter.plan import ExportPlan
 from .config import AsymGQAConfig
 from .evaluate import kv_cache_bytes_per_token
@@ -35,26 +35,6 @@ if TYPE_CHECKING:
 TRANSPORT_ERRORS = HfHubHTTPError.__bases__
 """What a request to the Hub raises: OSError, and HTTPError of the httpx that this huggingface_hub uses."""
 
-_USE_ADAPTER = """\
-The package `asymgqa_peft` must be installed and imported, or PEFT stops with `KeyError: 'ASYM_GQA'`.
-
-```python
-import asymgqa_peft  # registers the method with PEFT
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{name}")
-plain = model.merge_and_unload()  # optional: a stock model that needs neither PEFT nor asymgqa_peft
-```"""
-
-_USE_PLAIN = """\
-Nothing but transformers is needed; there is no custom code.
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-```"""
-
 
 @dataclass(frozen=True)
 class Conversion:
@@ -66,8 +46,7 @@ class Conversion:
         plain: configuration of the merged model; None for an adapter.
         base_source: repository or local folder that the base came from, or None.
         base_model: the base's repository on the Hub, or None for a local or unnamed one.
-        base_revision: commit of that repository, where the local cache tells it; or the revision that the adapter
-            names; or None.
+        base_revision: its commit, where the local cache tells it; or the revision that the adapter names; or None.
         dtype: of the base's weights and of its KV cache.
     """
 
@@ -83,28 +62,24 @@ class Conversion:
     def of(cls, model: PeftModel | PreTrainedModel, base_model: str | None = None) -> Conversion:
         """The facts of a wrapped model's active adapter, or of the model that `merge_and_unload` made of it.
 
-        Args:
-            model: the wrapped or the merged model.
-            base_model: the base's repository on the Hub, if the model was loaded from elsewhere.
+        `base_model` is the base's repository on the Hub, if the model was loaded from elsewhere.
 
         Raises:
             ValueError: if the model is neither, or `base_model` is not a repository id.
         """
+        plain = None
         if isinstance(model, PeftModel) or not hasattr(model, "export_plan"):
-            base, plain = _adapted_base(model), None
-            adapter, config, base_class = (
-                copy.deepcopy(model.peft_config[model.active_adapter]),
-                base.config,
-                type(base),
-            )
+            wrapped = _adapted_base(model)
+            base, base_class = wrapped.config, type(wrapped)
+            adapter = copy.copy(model.peft_config[model.active_adapter])
             # The layers know them; the configuration of a fresh wrap does not.
             adapter.head_groups = model.base_model.head_groups(model.active_adapter).to_lists()
         else:
             plan, plain = ExportPlan.of(model), model.config
-            adapter, config, base_class = plan.adapter, plan.base.config, plan.base.model_class
-        config = copy.deepcopy(config)
-        config.architectures = [base_class.__name__]  # unset in a model that was never saved
-        return cls.from_configs(adapter, config, model.dtype, base_model, plain)
+            adapter, base, base_class = plan.adapter, plan.base.config, plan.base.model_class
+        base = copy.copy(base)
+        base.architectures = [base_class.__name__]  # unset in a model that was never saved
+        return cls.from_configs(adapter, base, model.dtype, base_model, plain)
 
     @classmethod
     def from_configs(
@@ -119,9 +94,7 @@ class Conversion:
         if base_model is not None:
             check_repo_id(base_model, "base_model")
         source = adapter.base_model_name_or_path or getattr(base, "_name_or_path", None) or None
-        published, revision = base_model, None
-        if base_model is None:
-            published = _hub_id(source)
+        published, revision = base_model or _hub_id(source), None
         if published is not None and published == source:
             # The commit that the revision (None: main) had when it was downloaded, where the local cache tells it.
             cached = try_to_load_from_cache(source, "config.json", revision=adapter.revision)
@@ -148,21 +121,18 @@ class Conversion:
     @property
     def groups(self) -> HeadGroups:
         """The groups of all layers, validated against the base."""
-        adapter, shape = self.adapter, self.shape
-        return HeadGroups.from_lists(
-            adapter.head_groups, self.base.num_hidden_layers, shape.base_kv_heads, adapter.num_key_value_heads
-        )
+        layers, base_heads = self.base.num_hidden_layers, self.shape.base_kv_heads
+        return HeadGroups.from_lists(self.adapter.head_groups, layers, base_heads, self.adapter.num_key_value_heads)
 
     @property
     def converted_shape(self) -> HeadShape:
         """Slots, stored K/V heads and their dimension: of the merged model, or of the adapter's widest layer."""
         if self.plain is not None:
             return head_shape(self.plain)
-        shape, groups = self.shape, self.groups
+        shape, kv_heads = self.shape, self.adapter.num_key_value_heads
         if not find_family(self.base).grouped:  # the shared heads are repeated to as many as the base has
             return replace(shape, base_kv_heads=shape.num_attention_heads)
-        kv_heads = groups.num_key_value_heads
-        slots = kv_heads * groups.max_group_size * shape.queries_per_kv
+        slots = kv_heads * self.groups.max_group_size * shape.queries_per_kv
         width = self.adapter.head_dim or shape.head_dim
         return replace(shape, num_attention_heads=slots, base_kv_heads=kv_heads, head_dim=width)
 
@@ -186,62 +156,58 @@ def model_card(
         report: of `initialize_asymgqa_weights`.
         evaluation: measurements as rows of a table, e.g. `{"model": "base", "perplexity": 38.3}`; the columns are
             the first row's keys.
-        calibration_data: what the initialisation read, in words.
-        recovery_data: what the model was trained on afterwards, in words.
+        calibration_data, recovery_data: what the initialisation and the training afterwards read, in words.
 
     Raises:
         ValueError: if the report belongs to other groups, or the evaluation is not a list of rows.
     """
     if report is not None and report.head_groups != conversion.groups.to_lists():
         raise ValueError("report.head_groups are not the adapter's groups: pass the report of this adapter, or none.")
-    if evaluation is None:
-        evaluation = []
-    if not isinstance(evaluation, list | tuple) or not all(isinstance(row, Mapping) and row for row in evaluation):
+    are_rows = isinstance(evaluation, list | tuple) and all(isinstance(row, Mapping) and row for row in evaluation)
+    if evaluation is not None and not are_rows:
         raise ValueError(f'evaluation={evaluation!r} must be rows, e.g. [{{"model": "base", "perplexity": 38.3}}].')
-    facts = {
-        "quality": "Not stated.",
-        "calibration": calibration_data or "not stated",
-        "outcome": "",
-        "recovery": recovery_data or "not stated",
-    }
-    if evaluation:
-        facts["quality"] = markdown_table(evaluation)
-    if report is not None:
-        facts["calibration"] += f" ({report.tokens:,} tokens)"
-        cost, neighbours = sum(report.costs), sum(report.neighbour_costs)
-        facts["outcome"] = f"- Cost of the groups: {cost:.4g} (of contiguous ones: {neighbours:.4g})\n"
-        for note in report.notes:
-            facts["outcome"] += f"- {note}\n"
-    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    text = template.format(
-        name=name, **_kind_facts(conversion, name, licence or {}), **_head_facts(conversion), **facts
+    base, shape, converted = conversion.base, conversion.shape, conversion.converted_shape
+    before = kv_cache_bytes_per_token(base, conversion.dtype)
+    card = ModelCard.from_template(
+        _metadata(conversion, licence or {}),
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        conversion=conversion,
+        shape=shape,
+        converted=converted,
+        base_class=(base.architectures or [base.model_type])[0],
+        bytes_before=before,
+        bytes_after=before * converted.base_kv_heads * converted.head_dim // (shape.base_kv_heads * shape.head_dim),
+        base=_base_text(conversion),
+        groups=_groups_text(conversion.groups),
+        name=name,
+        report=report,
+        evaluation=markdown_table(evaluation) if evaluation else None,
+        calibration_data=calibration_data,
+        recovery_data=recovery_data,
+        version=__version__,
     )
-    return str(ModelCard(text))
+    return f"{card}\n"  # the one at the end of the template is not rendered
 
 
 def base_licence(base: str | None, revision: str | None = None, token: str | None = None) -> dict[str, str]:
     """`license`, `license_name` and `license_link` as the base's own card states them; empty where it does not.
 
-    Args:
-        base: repository or local folder of the base.
-        revision: commit of the repository.
-        token: of the Hub.
+    `base` is a repository on the Hub, at a `revision`, or a local folder.
     """
     if base is None:
         return {}
     try:
         file = Path(base, "README.md")
         if not Path(base).exists():
-            file = Path(hf_hub_download(base, "README.md", revision=revision, token=token))
+            file = hf_hub_download(base, "README.md", revision=revision, token=token)
         data = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError, *TRANSPORT_ERRORS):  # no card, not readable, or no way to it: nothing is known
         return {}
     licence = {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
     link = licence.get("license_link")
     if link is not None and not str(link).startswith("https://"):  # a file beside the base's card
-        if _hub_id(base) is None:
-            del licence["license_link"]
-        else:
+        del licence["license_link"]
+        if _hub_id(base):
             licence["license_link"] = f"https://huggingface.co/{base}/blob/{revision or 'main'}/{link}"
     return licence
 
@@ -252,83 +218,26 @@ def check_repo_id(repo_id: str, field: str = "repo_id") -> None:
         raise ValueError(f"{field}={repo_id!r} must be 'owner/name' of a repository, in letters, digits and - _ .")
 
 
-def package_version() -> str:
-    """The version of asymgqa_peft."""
-    return import_module(__package__).__version__
-
-
-def _kind_facts(conversion: Conversion, name: str, licence: Mapping[str, str]) -> dict[str, object]:
-    """What the card says of adapter or merged model, their base and its licence."""
-    kind, relation, library, usage = "A plain checkpoint", "finetune", "transformers", _USE_PLAIN
-    tags = ["asymgqa", "gqa", "kv-cache"]
+def _metadata(conversion: Conversion, licence: Mapping[str, str]) -> ModelCardData:
+    """What the Hub reads of the card."""
+    library, relation, tags = "transformers", "finetune", ["asymgqa", "gqa", "kv-cache"]
     if conversion.plain is None:
-        kind, relation, library, usage = "A PEFT adapter for it", "adapter", "peft", _USE_ADAPTER
-        tags += ["peft", "lora"]
-    base = _base_text(conversion)
-    stated = f"; its card was not found or states none: {base}"
-    if "license" in licence:
-        stated = f", which its card states as: {licence.get('license_name', licence['license'])}"
-        if "license_link" in licence:
-            stated += f" ({licence['license_link']})"
+        library, relation, tags = "peft", "adapter", [*tags, "peft", "lora"]
     metadata = ModelCardData(library_name=library, pipeline_tag="text-generation", tags=tags, **licence)
     if conversion.base_model:
         metadata.base_model, metadata.base_model_relation = conversion.base_model, relation
-    adapter = conversion.adapter
-    options = [f"{key}={getattr(adapter, key)!r}" for key in ("grouping", "criterion", "merge", "refit_output")]
-    return {
-        "kind": kind,
-        "usage": usage.format(name=name),
-        "metadata": metadata.to_yaml(),
-        "base": base,
-        "revision": conversion.base_revision or "not stated",
-        "options": f"{', '.join(options)}, LoRA rank {adapter.r}",
-        "licence": stated,
-        "version": package_version(),
-    }
-
-
-def _head_facts(conversion: Conversion) -> dict[str, object]:
-    """What the card says of heads, groups and cache."""
-    base, shape, converted = conversion.base, conversion.shape, conversion.converted_shape
-    before = kv_cache_bytes_per_token(base, conversion.dtype)
-    after = before // (shape.base_kv_heads * shape.head_dim) * (converted.base_kv_heads * converted.head_dim)
-    cache = "a KV cache as large as before"
-    if after < before:
-        cache = f"a KV cache of {after / before:.0%} of the base's"
-    base_class = this_class = (base.architectures or [base.model_type])[0]  # an adapter changes no class
-    if conversion.plain is not None:
-        this_class = conversion.plain.architectures[0]
-    groups, layers, dtype = conversion.groups, base.num_hidden_layers, str(conversion.dtype).removeprefix("torch.")
-    table = [
-        ("class", base_class, this_class),
-        ("layers", layers, layers),
-        ("query heads", shape.num_attention_heads, shape.num_attention_heads),
-        ("query slots, empty ones included", shape.num_attention_heads, converted.num_attention_heads),
-        ("distinct K/V heads per layer", shape.base_kv_heads, groups.num_key_value_heads),
-        ("K/V heads per layer in the cache", shape.base_kv_heads, converted.base_kv_heads),
-        ("head dimension", shape.head_dim, converted.head_dim),
-        (f"KV cache, bytes per token ({dtype})", before, after),
-    ]
-    rows = [{"": label, "base": of_base, "this model": of_this} for label, of_base, of_this in table]
-    return {
-        "shared_heads": groups.num_key_value_heads,
-        "base_heads": shape.base_kv_heads,
-        "cache": cache,
-        "heads": markdown_table(rows),
-        "groups": _groups_text(groups),
-    }
+    return metadata
 
 
 def _groups_text(groups: HeadGroups) -> str:
     """The groups, a layer a line, neighbouring layers of equal groups together."""
-    lines = []
-    for partition, run in groupby(range(len(groups.layers)), key=lambda layer: groups.layers[layer]):
-        first, *others = run
-        which = f"layer {first}"
-        if others:
-            which = f"layers {first}-{others[-1]}"
+    lines, first = [], 0
+    for partition, run in groupby(groups.layers):
+        last = first + len(list(run)) - 1
+        which = f"layer {first}" if first == last else f"layers {first}-{last}"
         written = ["[" + " ".join(map(str, group)) + "]" for group in partition]
         lines.append(f"{which}: {' '.join(written)}")
+        first = last + 1
     return "\n".join(lines)
 
 

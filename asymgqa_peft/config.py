@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from peft import LoraConfig, PeftType
 
@@ -20,6 +20,11 @@ _NOT_SUPPORTED = {
 }
 
 
+def _option(default: object, text: str) -> Any:
+    """A field with its description, where PEFT's own configurations have theirs."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class AsymGQAConfig(LoraConfig):
     """Grouped-query attention with activation-informed, possibly unequal groups, and LoRA on everything else.
@@ -31,68 +36,52 @@ class AsymGQAConfig(LoraConfig):
         ValueError: for a bad field, with its value and the remedy.
     """
 
-    num_key_value_heads: int | None = field(
-        default=None,
-        metadata={"help": "G: shared K/V heads per layer after conversion. Required; at most the base's KV heads."},
+    num_key_value_heads: int | None = _option(
+        None, "G: shared K/V heads per layer after conversion. Required; at most the base's KV heads."
     )
-    grouping: Grouping = field(
-        default="asymmetric",
-        metadata={
-            "help": "How KV heads are grouped. 'neighbour' and 'random' need no data; 'symmetric' (equal sizes) and "
-            "'asymmetric' are searched by initialize_asymgqa_weights, until then the groups are neighbours."
-        },
+    grouping: Grouping = _option(
+        "asymmetric",
+        "How KV heads are grouped. 'neighbour' and 'random' need no data; 'symmetric' (equal sizes) and 'asymmetric' "
+        "are searched by initialize_asymgqa_weights, until then the groups are neighbours.",
     )
-    criterion: Criterion = field(
-        default="residual",
-        metadata={
-            "help": "What the search minimises: 'residual', what the chosen merge loses, or 'cosine', the published "
-            "dissimilarity of K and V activations."
-        },
+    criterion: Criterion = _option(
+        "residual",
+        "What the search minimises: 'residual', what the chosen merge loses, or 'cosine', the published dissimilarity "
+        "of K and V activations.",
     )
-    merge: Merge = field(
-        default="principal",
-        metadata={
-            "help": "How a group's K/V become one: 'mean' of the weights, 'aligned' (Procrustes, then mean) or "
-            "'principal' (best common subspace). All but 'mean' need initialize_asymgqa_weights."
-        },
+    merge: Merge = _option(
+        "principal",
+        "How a group's K/V become one: 'mean' of the weights, 'aligned' (Procrustes, then mean) or 'principal' (best "
+        "common subspace). All but 'mean' need initialize_asymgqa_weights.",
     )
-    max_group_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Largest group in base KV heads. None: ceil(1.5 K / G), or less where padded slots would make the "
-            "plain checkpoint larger than the base."
-        },
+    max_group_size: int | None = _option(
+        None,
+        "Largest group in base KV heads. None: ceil(1.5 K / G), or less where padded slots would make the plain "
+        "checkpoint larger than the base.",
     )
-    refit_output: bool = field(
-        default=True,
-        metadata={"help": "Start o_proj's LoRA from a least-squares fit of the original attention output."},
+    refit_output: bool = _option(
+        True, "Start o_proj's LoRA from a least-squares fit of the original attention output."
     )
-    head_dim: int | None = field(
-        default=None,
-        metadata={
-            "help": "W: dimensions of a shared head; None for the base's. The cache holds num_key_value_heads * "
-            "head_dim numbers for K and for V: fewer, wider heads keep more in the same bytes, at the price of wider "
-            "q_proj and o_proj. Needs merge='principal'."
-        },
+    head_dim: int | None = _option(
+        None,
+        "W: dimensions of a shared head; None for the base's. The cache holds num_key_value_heads * head_dim numbers "
+        "for K and for V: fewer, wider heads keep more in the same bytes, at the price of wider q_proj and o_proj. "
+        "Needs merge='principal'.",
     )
-    head_groups: list[list[list[int]]] | None = field(
-        default=None,
-        metadata={
-            "help": "Groups of base KV heads, per layer, to wrap with; None for neighbours or random ones. "
-            "initialize_asymgqa_weights keeps them if grouping is 'neighbour' or 'random'; else it writes its own. "
-            "They are saved with the weights, and loading an adapter brings its groups along."
-        },
+    head_groups: list[list[list[int]]] | None = _option(
+        None,
+        "Groups of base KV heads, per layer, to wrap with; None for neighbours or random ones. "
+        "initialize_asymgqa_weights keeps them if grouping is 'neighbour' or 'random'; else it writes its own. They "
+        "are saved with the weights, and loading an adapter brings its groups along.",
     )
-    initialized: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether initialize_asymgqa_weights has chosen the groups and heads; False while they are the "
-            "means that a wrap starts with. Written by the adapter, None where it cannot know."
-        },
+    initialized: bool | None = _option(
+        None,
+        "Whether initialize_asymgqa_weights has chosen the groups and heads; False while they are the means that a "
+        "wrap starts with. Written by the adapter, None where it cannot know.",
     )
-    r: int = field(default=64, metadata={"help": "LoRA rank; a higher one keeps more of the output refit."})
-    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha."})
-    seed: int = field(default=0, metadata={"help": "Seed of random groups and of the search's restarts."})
+    r: int = _option(64, "LoRA rank; a higher one keeps more of the output refit.")
+    lora_alpha: int = _option(64, "LoRA alpha.")
+    seed: int = _option(0, "Seed of random groups and of the search's restarts.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,7 +93,8 @@ class AsymGQAConfig(LoraConfig):
         self._check_choices()
         self._check_lora()
         if self.head_groups is not None:
-            self._check_head_groups()
+            validate_nesting(self.head_groups, self.num_key_value_heads)
+            self.head_groups = [list(map(list, partition)) for partition in self.head_groups]
 
     @property
     def promises_initialization(self) -> bool:
@@ -129,15 +119,16 @@ class AsymGQAConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
 
     def _check_counts(self) -> None:
-        if not _is_int(self.num_key_value_heads) or self.num_key_value_heads < 1:
-            raise ValueError(
-                f"num_key_value_heads={self.num_key_value_heads!r} must be an int >= 1: the number of shared K/V "
-                "heads per layer, e.g. a quarter of the base's."
-            )
-        if self.max_group_size is not None and (not _is_int(self.max_group_size) or self.max_group_size < 1):
-            raise ValueError(f"max_group_size={self.max_group_size!r} must be an int >= 1, or None for the default.")
-        if self.head_dim is not None and (not _is_int(self.head_dim) or self.head_dim < 1):
-            raise ValueError(f"head_dim={self.head_dim!r} must be an int >= 1, or None for the base's.")
+        remedies = {
+            "num_key_value_heads": ": the number of shared K/V heads per layer, e.g. a quarter of the base's",
+            "max_group_size": ", or None for the default",
+            "head_dim": ", or None for the base's",
+        }
+        for name, remedy in remedies.items():
+            value = getattr(self, name)
+            left_open = value is None and name != "num_key_value_heads"
+            if not left_open and (not _is_int(value) or value < 1):
+                raise ValueError(f"{name}={value!r} must be an int >= 1{remedy}.")
         if not _is_int(self.seed):
             raise ValueError(f"seed={self.seed!r} must be an int.")
         if self.initialized not in (None, True, False):
@@ -163,21 +154,11 @@ class AsymGQAConfig(LoraConfig):
                     )
         if self.bias != "none":
             raise ValueError(
-                f"bias={self.bias!r} is not supported, K/V biases are part of the shared heads: use 'none'."
+                f"bias={self.bias!r} is not supported, K/V biases belong to the shared heads: use 'none'."
             )
         for name, reason in _NOT_SUPPORTED.items():
             if getattr(self, name, None):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported, {reason}: leave it unset.")
-
-    def _check_head_groups(self) -> None:
-        validate_nesting(self.head_groups)
-        self.head_groups = [[list(group) for group in partition] for partition in self.head_groups]
-        for layer, partition in enumerate(self.head_groups):
-            if len(partition) != self.num_key_value_heads:
-                raise ValueError(
-                    f"head_groups[{layer}] has {len(partition)} groups, num_key_value_heads is "
-                    f"{self.num_key_value_heads}: make them equal."
-                )
 
 
 def _is_int(value: object) -> bool:

@@ -19,7 +19,7 @@ CHUNK_BYTES = 2**27
 """Size of one chunk's float32 logits. Working on a chunk takes about three times that."""
 
 STATISTICS = ("distillation_loss", "sft_loss", "entropy", "mean_token_accuracy")
-"""What `distillation_loss` sums over positions, beside the loss itself, in this order."""
+"""What is summed over positions beside the loss: τ² KL, cross-entropy, the student's entropy, its correct top-1."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,12 @@ class OutputLayer:
 
     def uncapped_logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits before the softcap: (n, E) -> (n, V)."""
-        logits = _matmul_float32(hidden.to(self.weight.dtype), self.weight.t())
+        hidden, weight = hidden.to(self.weight.dtype), self.weight.t()
+        if hidden.device.type == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16):
+            # A product rounded to half precision would show in the KL divergence as a difference between the models.
+            logits = torch.mm(hidden, weight, out_dtype=torch.float32)
+        else:
+            logits = torch.mm(hidden, weight).float()
         if self.bias is not None:
             logits.add_(self.bias)
         return logits
@@ -55,21 +60,8 @@ def apply_softcap(logits: Tensor, softcap: float | None) -> Tensor:
     return softcap * torch.tanh(logits / softcap)
 
 
-def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32."""
-    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
-        # A product rounded to half precision would show in the KL divergence as a difference between the models.
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b).float()
-
-
 class LossSums(NamedTuple):
-    """Sums over positions.
-
-    Attributes:
-        statistics: (4,) float32, in the order of `STATISTICS`.
-        tokens: number of positions.
-    """
+    """Sums over `tokens` positions: `statistics`, (4,) float32, in the order of `STATISTICS`."""
 
     statistics: Tensor
     tokens: int
@@ -107,67 +99,52 @@ def distillation_loss(
         chunk_bytes: size of the float32 logits of one chunk.
 
     Returns:
-        The summed loss (a scalar), and the sums of τ² KL, cross-entropy, the student's entropy and its correct top-1
-        predictions.
+        The summed loss (a scalar), and the sums of `STATISTICS`.
     """
-    vocabulary = student_layer.weight.shape[0]
-    rows = max(1, chunk_bytes // (4 * vocabulary))
+    rows = max(1, chunk_bytes // (4 * student_layer.weight.shape[0]))
     if rows > 128:
         rows = rows // 128 * 128  # whole tiles of the matrix product
-    settings = _Settings(
-        student_softcap=student_layer.softcap,
-        weight=weight,
-        temperature=temperature,
-        rows=rows,
-        with_gradient=torch.is_grad_enabled(),
-    )
-    loss, statistics = _ChunkedDistillation.apply(
-        student, student_layer.weight, student_layer.bias, teacher, teacher_layer, labels, settings
-    )
+    tensors = student, student_layer.weight, student_layer.bias, teacher, labels
+    # Inside an autograd function gradients always count as off.
+    settings = student_layer, teacher_layer, weight, temperature, rows, torch.is_grad_enabled()
+    loss, statistics = _ChunkedDistillation.apply(*tensors, *settings)
     return loss, LossSums(statistics, len(labels))
 
 
-class _Settings(NamedTuple):
-    """What is the same for every chunk."""
-
-    student_softcap: float | None
-    weight: float
-    temperature: float
-    rows: int  # positions of a chunk
-    with_gradient: bool  # of the caller; inside an autograd function, gradients always count as off
-
-
 class _ChunkedDistillation(torch.autograd.Function):
-    """`distillation_loss` chunk by chunk. Tensors that may need a gradient come first, as separate arguments."""
+    """`distillation_loss` chunk by chunk, of `rows` positions each. Tensors that may need a gradient come first."""
 
     @staticmethod
-    def forward(ctx, student, weight, bias, teacher, teacher_layer, labels, settings):
+    def forward(
+        ctx, student, weight, bias, teacher, labels, student_layer, teacher_layer, kl_weight, temperature, rows, grad
+    ):
         ctx.set_materialize_grads(False)
-        student_layer = OutputLayer(weight, bias, settings.student_softcap)
-        wanted = [settings.with_gradient and needed for needed in ctx.needs_input_grad[:3]]
         # A row of the student's gradient is written once. Those of weight and bias add up chunks, hence in float32.
-        student_gradient = _zeros_if(wanted[0], student, student.dtype)
-        weight_gradient = _zeros_if(wanted[1], weight, torch.float32)
-        bias_gradient = _zeros_if(wanted[2], bias, torch.float32)
-        gradient_dtype = None
-        if any(wanted):
+        student_gradient = weight_gradient = bias_gradient = gradient_dtype = None
+        if grad and any(ctx.needs_input_grad[:3]):
             gradient_dtype = weight.dtype
+            if ctx.needs_input_grad[0]:
+                student_gradient = torch.zeros_like(student)
+            if ctx.needs_input_grad[1]:
+                weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+            if ctx.needs_input_grad[2]:
+                bias_gradient = torch.zeros_like(bias, dtype=torch.float32)
         sums = torch.zeros(1 + len(STATISTICS), dtype=torch.float32, device=student.device)
         terms, same_shape = chunk_terms_for(student.device)
 
-        for start in range(0, len(labels), settings.rows):
-            stop = min(start + settings.rows, len(labels))
+        for start in range(0, len(labels), rows):
+            stop = min(start + rows, len(labels))
             missing = 0
             if same_shape:
-                missing = settings.rows - (stop - start)
+                missing = rows - (stop - start)
             hidden = F.pad(student[start:stop], (0, 0, 0, missing))
             teacher_hidden = F.pad(teacher[start:stop], (0, 0, 0, missing))
             chunk_sums, logits_gradient = terms(
                 student_layer.uncapped_logits(hidden),
                 teacher_layer.uncapped_logits(teacher_hidden),
                 F.pad(labels[start:stop], (0, missing), value=-100),
-                settings.weight,
-                settings.temperature,
+                kl_weight,
+                temperature,
                 student_layer.softcap,
                 teacher_layer.softcap,
                 gradient_dtype,
@@ -194,14 +171,10 @@ class _ChunkedDistillation(torch.autograd.Function):
             if gradient is not None:
                 gradient = (gradient * scale).to(dtype)
             gradients.append(gradient)
-        return *gradients, None, None, None, None
+        return *gradients, *[None] * 8
 
 
-def _zeros_if(wanted: bool, like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Where a gradient will be written, if one is wanted."""
-    if not wanted:
-        return None
-    return torch.zeros_like(like, dtype=dtype)
+_compile_once = cache(torch.compile)
 
 
 def chunk_terms_for(device: torch.device) -> tuple[Callable, bool]:
@@ -209,13 +182,8 @@ def chunk_terms_for(device: torch.device) -> tuple[Callable, bool]:
     if device.type == "cuda" and is_triton_available():
         # Eagerly, a dozen passes over the logits would cost as much as their projection: compile them into one. TRL's
         # own loss needs Triton on CUDA too, so this asks for nothing new. One shape means one compilation.
-        return _compiled_chunk_terms(), True
+        return _compile_once(chunk_terms), True
     return chunk_terms, False
-
-
-@cache
-def _compiled_chunk_terms() -> Callable:
-    return torch.compile(chunk_terms)
 
 
 def chunk_terms(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
 from .adapter.site import attention_sites, evaluating
 from .batches import Batch, checked_batches
@@ -33,14 +36,13 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], progress: bool = Fals
     Raises:
         ValueError: for a malformed batch, before any is computed; or if no token is predicted.
     """
-    total, count = 0.0, 0
-    for batch in tqdm(checked_batches(batches), desc="perplexity", disable=not progress):
+
+    def cross_entropy(batch: dict[str, Tensor]) -> Tensor:
         logits, targets, mask = _predictions(model, batch)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        total += losses.double()[mask.flatten()].sum().item()
-        count += int(mask.sum())
-    _check_predicted(count)
-    return math.exp(total / count)
+        return losses[mask.flatten()]
+
+    return math.exp(_mean_over_tokens(cross_entropy, batches, "perplexity", progress))
 
 
 @torch.no_grad()
@@ -50,19 +52,32 @@ def kl_to_reference(model: nn.Module, reference: nn.Module, batches: Iterable[Ba
     `reference` may be `model` itself: then it is compared with its own base, the adapter disabled. Batches and errors
     are those of `perplexity`.
     """
-    total, count = 0.0, 0
-    for batch in tqdm(checked_batches(batches), desc="KL", disable=not progress):
+    as_reference = nullcontext
+    if reference is model:
+        as_reference = model.disable_adapter
+
+    def divergence(batch: dict[str, Tensor]) -> Tensor:
         logits, _, mask = _predictions(model, batch)
-        if reference is model:
-            with model.disable_adapter():
-                expected, _, _ = _predictions(model, batch)
-        else:
+        with as_reference():
             expected, _, _ = _predictions(reference, batch)
         expected = F.log_softmax(expected.float(), -1).to(logits.device)
         losses = F.kl_div(F.log_softmax(logits.float(), -1), expected, reduction="none", log_target=True).sum(-1)
-        total += losses.double()[mask].sum().item()
-        count += int(mask.sum())
-    _check_predicted(count)
+        return losses[mask]
+
+    return _mean_over_tokens(divergence, batches, "KL", progress)
+
+
+def _mean_over_tokens(
+    losses_of: Callable[[dict[str, Tensor]], Tensor], batches: Iterable[Batch], name: str, progress: bool
+) -> float:
+    """Mean of what `losses_of` gives for the predicted tokens of each batch, (tokens,)."""
+    total, count = 0.0, 0
+    for batch in tqdm(checked_batches(batches), desc=name, disable=not progress):
+        losses = losses_of(batch)
+        total += losses.double().sum().item()
+        count += len(losses)
+    if count == 0:
+        raise ValueError("batches hold no token to predict: give sequences of at least two attended tokens.")
     return total / count
 
 
@@ -75,49 +90,25 @@ def strided_windows(
     label -100. A window holds one document: none sees another. Each document starts with the tokenizer's bos (or, for
     want of one, eos) token, so that its first token is scored too.
 
-    Args:
-        documents: texts.
-        tokenizer: makes the tokens.
-        length: T, tokens in a window.
-        stride: new tokens in a window, less than `length`; fewer give more context and cost more time.
-        batch_size: B, windows in a batch, padded on the right.
-
     Returns:
-        Dicts of `input_ids`, `attention_mask` and `labels`, each (B, T), for `perplexity` and `kl_to_reference`.
+        Dicts of `input_ids`, `attention_mask` and `labels`, each (B, T), for `perplexity` and `kl_to_reference`, with
+        B up to `batch_size` and T up to `length`, padded on the right.
 
     Raises:
         ValueError: unless 0 < stride < length.
     """
     if not 0 < stride < length:
         raise ValueError(f"stride={stride} must be at least 1 and less than length={length}: windows have to overlap.")
-    return _batches_of_windows(documents, tokenizer, length, stride, batch_size)
-
-
-def _batches_of_windows(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, stride: int, batch_size: int
-) -> Iterator[dict[str, Tensor]]:
-    # Apart from its caller, because a generator would check its arguments only when the first batch is asked for.
-    pad_token_id = tokenizer.pad_token_id or 0
-    waiting = []
-    for text in documents:
-        for window in _windows(_token_ids(text, tokenizer), length, stride):
-            waiting.append(window)
-            if len(waiting) == batch_size:
-                yield _padded_batch(waiting, pad_token_id)
-                waiting = []
-    if waiting:
-        yield _padded_batch(waiting, pad_token_id)
+    windows = (window for text in documents for window in _windows(_token_ids(text, tokenizer), length, stride))
+    # Apart, because a generator would check its arguments only when the first batch is asked for.
+    return _padded_batches(windows, batch_size, tokenizer.pad_token_id or 0)
 
 
 def kv_cache_bytes_per_token(config_or_model: PretrainedConfig | nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that the cache holds for one token, over all layers.
+    """Bytes of keys and values that a cache of `dtype` holds for one token, over all layers.
 
-    In each layer they are 2 * stored K/V heads * head dimension * bytes of a number: `num_key_value_heads * head_dim`
-    of a configuration, and under an adapter what its layers store.
-
-    Args:
-        config_or_model: a stock configuration, a plain model, or a wrapped one (then with the adapter in effect).
-        dtype: of the cache, normally the model's.
+    In each layer 2 * stored K/V heads * head dimension * bytes of a number: of a stock configuration its
+    `num_key_value_heads * head_dim`, of a model what its layers store, with the adapter in effect if it is wrapped.
     """
     if isinstance(config_or_model, PretrainedConfig):
         shape = head_shape(config_or_model)
@@ -125,8 +116,7 @@ def kv_cache_bytes_per_token(config_or_model: PretrainedConfig | nn.Module, dtyp
     else:
         numbers = 0
         for site in attention_sites(config_or_model):
-            heads, head_dim = site.cached_heads()
-            numbers += heads * head_dim
+            numbers += math.prod(site.cached_heads())
     return 2 * numbers * dtype.itemsize
 
 
@@ -136,25 +126,25 @@ def decode_speed(
 ) -> float:
     """Tokens generated per second by greedy decoding after a prefill of `context` random tokens, median of repeats."""
     device = next(model.parameters()).device
+    synchronize = torch.get_device_module(device).synchronize
     prompt = torch.randint(0, model.config.vocab_size, (batch_size, context), device=device)
     speeds = []
     with evaluating(model):
         for _ in range(repeats):
             cache = DynamicCache(config=model.config)
-            token = _greedy(model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits)
-            _synchronize(device)
+            token = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            synchronize()
             start = time.perf_counter()
             for _ in range(new_tokens):
-                token = _greedy(model(token, past_key_values=cache, use_cache=True).logits)
-            _synchronize(device)
+                token = model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+            synchronize()
             speeds.append(batch_size * new_tokens / (time.perf_counter() - start))
     return sorted(speeds)[repeats // 2]
 
 
 def _predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (B, T - 1, V), targets (B, T - 1) and mask (B, T - 1) of a checked batch."""
-    device = next(model.parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    inputs = BatchEncoding(batch).to(next(model.parameters()).device)
     ids = inputs["input_ids"]
     labels = inputs.pop("labels", ids)  # only choose what counts: given to the model, they would cost a loss
     attended = inputs.get("attention_mask", torch.ones_like(ids)).bool()
@@ -184,29 +174,18 @@ def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[in
         scored = begin + length
 
 
-def _padded_batch(windows: list[tuple[list[int], int]], pad_token_id: int) -> dict[str, Tensor]:
-    shape = (len(windows), max(len(ids) for ids, _ in windows))
-    batch = {
-        "input_ids": torch.full(shape, pad_token_id),
-        "attention_mask": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.full(shape, IGNORED),
-    }
-    for row, (ids, context) in enumerate(windows):
-        batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
-        batch["attention_mask"][row, : len(ids)] = 1
-        batch["labels"][row, context : len(ids)] = torch.tensor(ids[context:])
-    return batch
-
-
-def _check_predicted(count: int) -> None:
-    if count == 0:
-        raise ValueError("batches hold no token to predict: give sequences of at least two attended tokens.")
-
-
-def _greedy(logits: Tensor) -> Tensor:
-    return logits[:, -1:].argmax(-1)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _padded_batches(
+    windows: Iterator[tuple[list[int], int]], batch_size: int, pad_token_id: int
+) -> Iterator[dict[str, Tensor]]:
+    while chosen := list(islice(windows, batch_size)):
+        ids, attended, labels = [], [], []
+        for window, context in chosen:
+            ids.append(torch.tensor(window))
+            attended.append(torch.ones_like(ids[-1]))
+            labels.append(ids[-1].clone())
+            labels[-1][:context] = IGNORED
+        yield {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+            "attention_mask": pad_sequence(attended, batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,20 +15,16 @@ from .heads import HeadShape
 
 @dataclass(frozen=True)
 class StandIn:
-    """Another stock class that holds the same weights with heads that the base's own class cannot have.
-
-    Attributes:
-        model_type: its model type in transformers.
-        needs: values that the source configuration must have for the classes to compute the same.
-        sets: values that the other configuration then gets.
-        splits: projections of the source that the other class has in equal parts, by the ends of their names.
-        unfuses: whether the other class has q, k and v apart where the source has them fused.
-    """
+    """Another stock class that holds the same weights with heads that the base's own class cannot have."""
 
     model_type: str
+    # Values that the source configuration must have for the classes to compute the same.
     needs: dict[str, object]
+    # Values that the other configuration then gets.
     sets: dict[str, object] = field(default_factory=dict)
+    # Projections of the source that the other class has in equal parts, by the ends of their names.
     splits: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # Whether the other class has q, k and v apart where the source has them fused.
     unfuses: bool = False
 
     def can_replace(self, config: PretrainedConfig) -> bool:
@@ -38,92 +34,54 @@ class StandIn:
         return found == self.needs
 
 
-# Named functions: tuner layers hold their family, and pickle refuses anonymous ones.
-
-
-def _never(config: PretrainedConfig) -> None:
-    return None
-
-
-def _always(config: PretrainedConfig) -> bool:
-    return True
-
-
-def _clips_qkv(config: PretrainedConfig) -> bool:
-    return config.clip_qkv is not None
-
-
-def _phi_refusal(config: PretrainedConfig) -> str | None:
-    if config.qk_layernorm:
-        return (
-            "qk_layernorm=True sizes its norms by hidden_size // num_attention_heads, which padded slots change. "
-            "Use a Phi without it (Phi-1, 1.5 and 2 are)."
-        )
-    return None
-
-
-def _stablelm_refusal(config: PretrainedConfig) -> str | None:
-    if config.qk_layernorm:
-        return (
-            "qk_layernorm=True gives every head its own LayerNorm module, which padded slots cannot share. "
-            "Use a StableLM without it (e.g. the 3B and 1.6B models)."
-        )
-    return None
-
-
 @dataclass(frozen=True)
 class Family:
-    """One architecture, declared.
+    """One architecture, declared: every field says what it means beside its usual value."""
 
-    Attributes:
-        attention: last component of the attention module's name.
-        query, key, value, output: names of the projections inside the attention.
-        fused_qkv: name of one projection that holds q, k and v, instead of the three; ``fused_layout`` says how:
-            "blocks" is all of q, then k, then v; "heads" is q, k, v of head 0, then of head 1, ...
-        query_norm, key_norm: RMS norms that span all heads (OLMo-2); norms within a head need no entry.
-        geometry: attributes of the attention module that say what heads it is to see, and which figure each holds:
-            "slots", "kv_heads", "slots_per_kv", "head_dim" or "rotary_dim".
-        config_heads: whether its forward reads ``self.config.num_attention_heads``.
-        plain_residual: whether o_proj's output is added to the residual stream as it is, not normalised before.
-        rotary: whether keys carry RoPE.
-        grouped: whether config and forward know a number of KV heads. If not, the shared K/V heads are repeated to
-            all heads, in the adapter and in the plain checkpoint: K/V parameters are shared, the cache is not smaller.
-        scale_in_config: whether the configuration says what scores are divided by, whatever the head dimension.
-        explicit_head_dim: whether the configuration lets head_dim differ from hidden_size / num_attention_heads.
-        rope_fields: entries of ``rope_parameters`` -> what transformers 4 called them, at the top of config.json.
-        padded_as: the class that holds padded slots in its stead, and wide heads.
-        wide_as: the class that holds wide heads in its stead; default is `padded_as`.
-        refuse: config -> technical reason and remedy, or None.
-        constrained: config -> whether a norm or clamp stands between k_proj and the attention.
-        clamped: config -> whether a clamp stands between v_proj and the attention.
-    """
-
+    # Last component of the attention module's name, and the names of the projections inside.
     attention: str = "self_attn"
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
+    # One projection that holds q, k and v instead of the three: as "blocks", all of q, then k, then v; or by "heads",
+    # q, k, v of head 0, then of head 1, ...
     fused_qkv: str | None = None
     fused_layout: Literal["blocks", "heads"] = "blocks"
+    # RMS norms that span all heads (OLMo-2); norms within a head need no entry.
     query_norm: str | None = None
     key_norm: str | None = None
+    # Attributes of the attention module that say what heads it is to see, and which figure each holds: "slots",
+    # "kv_heads", "slots_per_kv", "head_dim" or "rotary_dim".
     geometry: dict[str, str] = field(
         default_factory=lambda: {"num_key_value_groups": "slots_per_kv", "head_dim": "head_dim"}
     )
+    # Whether its forward reads `self.config.num_attention_heads`.
     config_heads: bool = False
+    # Whether o_proj's output is added to the residual stream as it is, not normalised before.
     plain_residual: bool = True
+    # Whether keys carry RoPE.
     rotary: bool = True
+    # Whether config and forward know a number of KV heads. If not, the shared K/V heads are repeated to all heads, in
+    # the adapter and in the plain checkpoint: K/V parameters are shared, the cache is not smaller.
     grouped: bool = True
+    # Whether the configuration says what scores are divided by, whatever the head dimension.
     scale_in_config: bool = False
+    # Whether the configuration lets head_dim differ from hidden_size / num_attention_heads.
     explicit_head_dim: bool = True
+    # Entries of `rope_parameters` -> what transformers 4 called them, at the top of config.json.
     rope_fields: dict[str, str] = field(
         default_factory=lambda: {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
     )
+    # The classes that hold padded slots and wide heads in its stead; wide ones go to `padded_as` where none is named.
     padded_as: StandIn | None = None
     wide_as: StandIn | None = None
-    refuse: Callable[[PretrainedConfig], str | None] = _never
-    constrained: Callable[[PretrainedConfig], bool] = _never
-    clamped: Callable[[PretrainedConfig], bool] = _never
+    # Options of the configuration that cannot be on -> technical reason and remedy.
+    refused_options: dict[str, str] = field(default_factory=dict)
+    # Whether a norm stands between k_proj and the attention.
+    norms_keys: bool = False
+    # The configuration's bound on queries, keys and values, a clamp unless None.
+    clamp_option: str | None = None
 
     @property
     def shared_names(self) -> tuple[str, ...]:
@@ -155,33 +113,31 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family(),
     "qwen2": Family(),
-    "qwen3": Family(constrained=_always),
+    "qwen3": Family(norms_keys=True),
     "gemma": Family(),
     "gemma2": Family(plain_residual=False, scale_in_config=True),
-    "gemma3_text": Family(plain_residual=False, scale_in_config=True, constrained=_always),
+    "gemma3_text": Family(plain_residual=False, scale_in_config=True, norms_keys=True),
     "phi": Family(
         output="dense",
         geometry={"num_key_value_groups": "slots_per_kv", "head_dim": "head_dim", "rotary_ndims": "rotary_dim"},
-        refuse=_phi_refusal,
+        refused_options={
+            "qk_layernorm": "sizes its norms by hidden_size // num_attention_heads, which padded slots change. "
+            "Use a Phi without it (Phi-1, 1.5 and 2 are)."
+        },
     ),
     "stablelm": Family(
-        geometry={
-            "num_heads": "slots",
-            "num_key_value_heads": "kv_heads",
-            "num_key_value_groups": "slots_per_kv",
-        },
+        geometry={"num_heads": "slots", "num_key_value_heads": "kv_heads", "num_key_value_groups": "slots_per_kv"},
         explicit_head_dim=False,
-        refuse=_stablelm_refusal,
+        refused_options={
+            "qk_layernorm": "gives every head its own LayerNorm module, which padded slots cannot share. "
+            "Use a StableLM without it (e.g. the 3B and 1.6B models)."
+        },
     ),
-    "olmo": Family(constrained=_clips_qkv, clamped=_clips_qkv),
-    "olmo2": Family(plain_residual=False, query_norm="q_norm", key_norm="k_norm", constrained=_always),
+    "olmo": Family(clamp_option="clip_qkv"),
+    "olmo2": Family(plain_residual=False, query_norm="q_norm", key_norm="k_norm", norms_keys=True),
     "phi3": Family(
         fused_qkv="qkv_proj",
-        geometry={
-            "num_key_value_heads": "kv_heads",
-            "num_key_value_groups": "slots_per_kv",
-            "head_dim": "head_dim",
-        },
+        geometry={"num_key_value_heads": "kv_heads", "num_key_value_groups": "slots_per_kv", "head_dim": "head_dim"},
         config_heads=True,
         # Its configuration checks the number of rotary frequencies against hidden_size / heads.
         wide_as=StandIn(
@@ -220,8 +176,10 @@ def find_family(config: PretrainedConfig) -> Family:
             f"Supported: {', '.join(sorted(FAMILIES))}. Use a text-only checkpoint of one of these."
         )
     family = FAMILIES[model_type]
-    if reason := family.refuse(config):
-        raise ValueError(f"This {model_type} model cannot take grouped attention: {reason}")
+    for option, reason in family.refused_options.items():
+        if getattr(config, option):
+            found = f"{option}={getattr(config, option)!r}"
+            raise ValueError(f"This {model_type} model cannot take grouped attention: {found} {reason}")
     return family
 
 
@@ -230,15 +188,15 @@ def head_shape(config: PretrainedConfig) -> HeadShape:
     family = find_family(config)
     num_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    constrained = family.constrained(config)
+    clamped = family.clamp_option is not None and getattr(config, family.clamp_option) is not None
     return HeadShape(
         hidden_size=config.hidden_size,
         num_attention_heads=num_heads,
         base_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
         head_dim=head_dim,
         rotary_dim=int(head_dim * _rotary_fraction(config)) if family.rotary else 0,
-        free_keys=not constrained,
-        free_values=not family.clamped(config),
+        free_keys=not family.norms_keys and not clamped,
+        free_values=not clamped,
     )
 
 

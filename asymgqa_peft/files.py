@@ -40,8 +40,7 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
     disk, for a moment as ``path`` + ".replaced".
     """
     path = Path(path)
-    beside = path.with_name(path.name + ".partial")
-    replaced = path.with_name(path.name + ".replaced")
+    beside, replaced = path.with_name(path.name + ".partial"), path.with_name(path.name + ".replaced")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(beside, ignore_errors=True)  # what a killed run left
     beside.mkdir()

@@ -24,21 +24,13 @@ PROMPT_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one model stores, caches and computes.
+    """What one model stores, caches and computes. Heads and slots are per layer, empty slots included.
 
-    Attributes:
-        model_class: its stock class.
-        query_slots: query heads per layer, empty ones included (`num_attention_heads`).
-        kv_heads: K/V heads per layer in the cache (`num_key_value_heads`).
-        head_dim: dimensions of each of them.
-        parameters: their number; tied ones count once.
-        parameter_bytes: their bytes, in the model's dtype.
-        kv_bytes_per_token: bytes of K and V in the cache per token, over all layers.
-        prefill_flops_per_token: floating-point operations per token of a prompt of T tokens, on average over it:
-            2 * (weights of all linear layers but the head) for the projections, and
-            layers * 4 * query_slots * head_dim * (T + 1) / 2 for the attention, since the scores and the sum over
-            values take 2 operations per dimension and a token sees (T + 1) / 2 tokens on average. Empty slots count.
-            Norms, RoPE and softmax are left out, and a sliding window is counted as if it reached all T tokens.
+    `parameters` counts tied ones once; bytes are in the model's dtype; `kv_bytes_per_token` is of all layers.
+    `prefill_flops_per_token` is an average over a prompt of T tokens: 2 * (weights of all linear layers but the head)
+    for the projections, and layers * 4 * query_slots * head_dim * (T + 1) / 2 for the attention, since the scores and
+    the sum over values take 2 operations per dimension and a token sees (T + 1) / 2 tokens on average. Norms, RoPE
+    and softmax are left out, and a sliding window is counted as if it reached all T tokens.
     """
 
     model_class: str
@@ -60,8 +52,6 @@ class ExportReport:
     """What a conversion stores, caches and computes, against its base.
 
     Attributes:
-        base: before.
-        plain: after.
         other: the layout that was not chosen for unequal groups: large groups' K/V heads stored more than once if
             `plain` stores each once, and the other way round. None where there is no other.
         cached_tokens: tokens in the cache at which total bytes are compared.
@@ -76,16 +66,15 @@ class ExportReport:
 
     def rows(self) -> list[dict[str, object]]:
         """One row per model; ratios are to the base."""
-        models = {"base": self.base, "plain": self.plain}
-        if self.other is not None:
-            models["not chosen"] = self.other
-        rows = []
-        for name, model in models.items():
+        rows, base = [], self.base
+        for name, model in (("base", base), ("plain", self.plain), ("not chosen", self.other)):
+            if model is None:
+                continue
             row = {"model": name, **asdict(model)}
-            row["parameters / base"] = model.parameters / self.base.parameters
-            row["kv_bytes / base"] = model.kv_bytes_per_token / self.base.kv_bytes_per_token
-            ratio = model.prefill_flops_per_token / self.base.prefill_flops_per_token
-            row[f"prefill_flops / base, {self.prompt_tokens:,} tokens"] = ratio
+            row["parameters / base"] = model.parameters / base.parameters
+            row["kv_bytes / base"] = model.kv_bytes_per_token / base.kv_bytes_per_token
+            prefill = f"prefill_flops / base, {self.prompt_tokens:,} tokens"
+            row[prefill] = model.prefill_flops_per_token / base.prefill_flops_per_token
             row[f"bytes with {self.cached_tokens:,} cached tokens"] = model.total_bytes(self.cached_tokens)
             rows.append(row)
         return rows
@@ -100,8 +89,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         """A table with one column per model."""
-        models = self.rows()
-        lines = []
+        models, lines = self.rows(), []
         for quantity in list(models[0])[1:]:
             line = {"model": quantity}
             for model in models:
@@ -125,9 +113,8 @@ def export_report(
     Args:
         model: a wrapped model, whose active adapter is looked at as `merge_and_unload` would merge it, without
             changing anything; or what `merge_and_unload` returned. The report is the same.
-        cached_tokens: tokens in the cache, over all sequences, for the total; of a wrapped model also what layouts
-            are compared at. Default is what `merge_and_unload` compares them at.
-        duplicate_kv_heads: as for `merge_and_unload`, of a wrapped model only.
+        cached_tokens, duplicate_kv_heads: as for `merge_and_unload`, the latter of a wrapped model only. Total bytes
+            are compared at these tokens too.
         prompt_tokens: length of the prompt that a prefill is counted for; default is 4096, or the configuration's
             `max_position_embeddings` if that is less.
 
@@ -142,11 +129,9 @@ def export_report(
         prompt_tokens = min(PROMPT_TOKENS, plan.base.config.max_position_embeddings)
     if prompt_tokens < 1:
         raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1: give the length of a prompt.")
-    dtype = model.dtype
-    other = None
-    if plan.other is not None:
-        other = _footprint(plan.other, dtype, prompt_tokens)
-    base, plain = _footprint(plan.base, dtype, prompt_tokens), _footprint(plan.plain, dtype, prompt_tokens)
+    base, plain, other = (
+        _footprint(stock, model.dtype, prompt_tokens) for stock in (plan.base, plan.plain, plan.other)
+    )
     return ExportReport(base, plain, other, cached_tokens, prompt_tokens)
 
 
@@ -154,9 +139,8 @@ def _plan_of(model: PeftModel | PreTrainedModel, duplicate_kv_heads: bool, cache
     """The plan of what the model is going to be, or of what it has become."""
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, AsymGQAModel):
-        return tuner.plan_export(
-            model.active_adapter, duplicate_kv_heads=duplicate_kv_heads, cached_tokens=cached_tokens
-        )
+        layout = {"duplicate_kv_heads": duplicate_kv_heads, "cached_tokens": cached_tokens}
+        return tuner.plan_export(model.active_adapter, **layout)
     if isinstance(model, PeftModel):
         raise ValueError(
             f"The adapter of this {type(model).__name__} is {type(tuner).__name__}, not AsymGQA: pass a model wrapped "
@@ -171,12 +155,14 @@ def _plan_of(model: PeftModel | PreTrainedModel, duplicate_kv_heads: bool, cache
     return plan
 
 
-def _footprint(stock: StockModel, dtype: torch.dtype, prompt_tokens: int) -> Footprint:
+def _footprint(stock: StockModel | None, dtype: torch.dtype, prompt_tokens: int) -> Footprint | None:
     """Counted on an empty instance, so that models without weights here are counted as the one with them."""
+    if stock is None:
+        return None
     with init_empty_weights():
         empty = stock.model_class(stock.config)
     empty.tie_weights()  # out here: that context makes a new parameter of every one that is set
-    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    parameters = empty.num_parameters()
     shape = head_shape(stock.config)
     return Footprint(
         model_class=stock.model_class.__name__,

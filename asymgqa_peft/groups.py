@@ -7,6 +7,7 @@ import random
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 Group = tuple[int, ...]
 Partition = tuple[Group, ...]
@@ -20,8 +21,8 @@ class SlotLayout:
     ``slots_per_kv`` has its K/V head stored more than once.
 
     Attributes:
-        slots_per_kv: p, query slots per stored K/V head.
-        kv_source: for each stored K/V head, the group it holds. Length ``kv_heads``.
+        slots_per_kv: p.
+        kv_source: for each stored K/V head, the group it holds.
         head_of_slot: for each slot its query head, or -1 for an empty slot. Length ``kv_heads * slots_per_kv``.
         slot_of_head: for each query head its slot. Length H.
     """
@@ -44,12 +45,7 @@ class SlotLayout:
 
 @dataclass(frozen=True)
 class HeadGroups:
-    """A partition of the base's K KV heads into G groups, for every layer.
-
-    Attributes:
-        layers: ``layers[l][g]`` holds the sorted base KV head indices of group ``g``.
-        base_kv_heads: K, KV heads of the base.
-    """
+    """A partition of the base's K KV heads into G groups, for every layer: ``layers[l][g]`` is sorted head indices."""
 
     layers: tuple[Partition, ...]
     base_kv_heads: int
@@ -63,15 +59,21 @@ class HeadGroups:
         Raises:
             ValueError: unless every layer partitions ``range(base_kv_heads)`` into ``num_key_value_heads`` groups.
         """
-        validate_nesting(head_groups)
+        validate_nesting(head_groups, num_key_value_heads)
         if len(head_groups) != num_layers:
             raise ValueError(
                 f"head_groups has {len(head_groups)} layers, the model has {num_layers}: give one partition per layer."
             )
+        layers = []
         for index, partition in enumerate(head_groups):
-            _check_partition(index, partition, base_kv_heads, num_key_value_heads)
-        layers = tuple(tuple(tuple(sorted(group)) for group in partition) for partition in head_groups)
-        return cls(layers, base_kv_heads)
+            heads = sorted(chain(*partition))
+            if heads != list(range(base_kv_heads)):
+                raise ValueError(
+                    f"head_groups[{index}] must hold each base KV head 0..{base_kv_heads - 1} exactly once, got "
+                    f"{_short(heads)}."
+                )
+            layers.append(tuple(map(tuple, map(sorted, partition))))
+        return cls(tuple(layers), base_kv_heads)
 
     @classmethod
     def neighbour(cls, num_layers: int, base_kv_heads: int, num_key_value_heads: int) -> HeadGroups:
@@ -92,11 +94,11 @@ class HeadGroups:
 
     def to_lists(self) -> list[list[list[int]]]:
         """Nested lists that survive JSON."""
-        return [[list(group) for group in partition] for partition in self.layers]
+        return [list(map(list, partition)) for partition in self.layers]
 
     def sizes(self, layer: int) -> tuple[int, ...]:
         """Group sizes of one layer, in base KV heads."""
-        return tuple(len(group) for group in self.layers[layer])
+        return tuple(map(len, self.layers[layer]))
 
     @property
     def num_key_value_heads(self) -> int:
@@ -106,38 +108,36 @@ class HeadGroups:
     @property
     def max_group_size(self) -> int:
         """Size of the largest group of all layers, in base KV heads."""
-        return max(max(self.sizes(layer)) for layer in range(len(self.layers)))
+        return max(map(len, chain(*self.layers)))
 
 
-def validate_nesting(head_groups: object) -> None:
-    """Raise ValueError unless ``head_groups`` is a list (layer) of lists (group) of lists of int."""
-    if not _is_list(head_groups) or not head_groups:
+def validate_nesting(head_groups: object, num_groups: int) -> None:
+    """Raise ValueError unless ``head_groups`` is a list (layer) of ``num_groups`` lists (group) of one int or more."""
+    if not isinstance(head_groups, list | tuple) or not head_groups:
         raise ValueError(f"head_groups must be a list with one partition per layer, got {_short(head_groups)}.")
     for index, partition in enumerate(head_groups):
-        if not _is_list(partition) or not all(_is_list(group) for group in partition):
-            raise ValueError(f"head_groups[{index}] must be a list of lists of int, got {_short(partition)}.")
-        for head in (head for group in partition for head in group):
+        where = f"head_groups[{index}]"
+        if not isinstance(partition, list | tuple) or not all(isinstance(group, list | tuple) for group in partition):
+            raise ValueError(f"{where} must be a list of lists of int, got {_short(partition)}.")
+        for head in chain(*partition):
             if isinstance(head, bool) or not isinstance(head, int):
-                raise ValueError(f"head_groups[{index}] must hold base KV head indices (int), got {_short(head)}.")
-
-
-def _check_partition(layer: int, partition: Sequence[Sequence[int]], base_kv_heads: int, num_groups: int) -> None:
-    where = f"head_groups[{layer}]"
-    if len(partition) != num_groups:
-        raise ValueError(f"{where} has {len(partition)} groups, num_key_value_heads is {num_groups}: make them equal.")
-    if any(len(group) == 0 for group in partition):
-        raise ValueError(f"{where} has an empty group: every shared K/V head needs at least one base KV head.")
-    heads = sorted(head for group in partition for head in group)
-    if heads != list(range(base_kv_heads)):
-        raise ValueError(
-            f"{where} must hold each base KV head 0..{base_kv_heads - 1} exactly once, got {_short(heads)}."
-        )
+                raise ValueError(f"{where} must hold base KV head indices (int), got {_short(head)}.")
+        if len(partition) != num_groups:
+            raise ValueError(
+                f"{where} has {len(partition)} groups, num_key_value_heads is {num_groups}: make them equal."
+            )
+        if not all(partition):
+            raise ValueError(f"{where} has an empty group: every shared K/V head needs at least one base KV head.")
 
 
 def split_evenly(heads: Sequence[int], num_groups: int) -> Partition:
     """Split ``heads`` in order into ``num_groups`` groups whose sizes differ by at most one."""
-    bounds = [len(heads) * group // num_groups for group in range(num_groups + 1)]
-    return tuple(tuple(sorted(heads[start:end])) for start, end in zip(bounds, bounds[1:], strict=False))
+    groups, start = [], 0
+    for group in range(1, num_groups + 1):
+        end = len(heads) * group // num_groups
+        groups.append(tuple(sorted(heads[start:end])))
+        start = end
+    return tuple(groups)
 
 
 def default_max_group_size(num_attention_heads: int, base_kv_heads: int, num_key_value_heads: int) -> int:
@@ -147,9 +147,9 @@ def default_max_group_size(num_attention_heads: int, base_kv_heads: int, num_key
     2 G cap H/K + 2 G <= 2 H + 2 K, the base's own count in units of D * E. It is never below ceil(K / G), the
     least that any partition needs.
     """
-    queries_per_kv = num_attention_heads // base_kv_heads
+    group_slots = num_key_value_heads * (num_attention_heads // base_kv_heads)
+    affordable = (num_attention_heads + base_kv_heads - num_key_value_heads) // group_slots
     wished = math.ceil(1.5 * base_kv_heads / num_key_value_heads)
-    affordable = (num_attention_heads + base_kv_heads - num_key_value_heads) // (num_key_value_heads * queries_per_kv)
     return max(math.ceil(base_kv_heads / num_key_value_heads), min(wished, affordable))
 
 
@@ -159,35 +159,25 @@ def query_heads(group: Sequence[int], queries_per_kv: int) -> list[int]:
 
 
 def slot_layout(partition: Partition, queries_per_kv: int, slots_per_kv: int | None = None) -> SlotLayout:
-    """Lay one layer's groups out as GQA slots (design: unequal groups as ordinary GQA).
+    """Lay one layer's groups out as GQA slots, for r = H / K query heads per KV head.
 
-    Args:
-        partition: the layer's groups of base KV heads.
-        queries_per_kv: r = H / K.
-        slots_per_kv: p; default is the largest group's query heads, so that each group is stored once. With a
-            smaller p a large group's K/V head is stored ceil(size / p) times; p = 1 is the MHA shape.
+    p = ``slots_per_kv`` is by default the largest group's query heads, so that each group is stored once. With a
+    smaller p a large group's K/V head is stored ceil(size / p) times; p = 1 is the MHA shape.
     """
     members = [query_heads(group, queries_per_kv) for group in partition]
     keep_order = slots_per_kv == 1  # MHA shape: keep the base's order of heads, nothing has to move
-    slots_per_kv = slots_per_kv or max(len(heads) for heads in members)
+    slots_per_kv = slots_per_kv or max(map(len, members))
     kv_source: list[int] = []
     head_of_slot: list[int] = []
     for group, heads in enumerate(members):
         copies = math.ceil(len(heads) / slots_per_kv)
         kv_source += [group] * copies
         head_of_slot += heads + [-1] * (copies * slots_per_kv - len(heads))
+    slot_of_head = [head_of_slot.index(head) for head in range(max(head_of_slot) + 1)]
     if keep_order:
-        kv_source = [kv_source[head_of_slot.index(head)] for head in range(len(head_of_slot))]
-        head_of_slot = list(range(len(head_of_slot)))
-    slot_of_head = [0] * sum(len(heads) for heads in members)
-    for slot, head in enumerate(head_of_slot):
-        if head >= 0:
-            slot_of_head[head] = slot
+        kv_source = [kv_source[slot] for slot in slot_of_head]
+        head_of_slot = slot_of_head = sorted(head_of_slot)
     return SlotLayout(slots_per_kv, tuple(kv_source), tuple(head_of_slot), tuple(slot_of_head))
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple)
 
 
 def _short(value: object) -> str:

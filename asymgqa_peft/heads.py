@@ -53,14 +53,11 @@ class HeadShape:
 class SharedShape:
     """Shape of the shared heads of a model: the same in all of its layers, as one stock configuration has to say it.
 
-    A dimension of a shared head stands for one dimension of a base head (or one rotary pair for one pair). A head
-    that is wider than the base's has several for the same one.
-
     Attributes:
         base: shape of the base's layers.
         head_dim: W.
-        frequencies: for each rotary pair of a shared head, which of the base's frequencies it turns at; ascending,
-            W_r / 2 long.
+        frequencies: for each of the W_r / 2 rotary pairs of a shared head, which of the base's R / 2 frequencies it
+            turns at; ascending. A head that is wider than the base's has several pairs for the same one.
     """
 
     base: HeadShape
@@ -80,7 +77,9 @@ class SharedShape:
         counts = [0] * pairs
         for index in range(wanted):
             counts[pairs - 1 - index % pairs] += 1
-        frequencies = [frequency for frequency, count in enumerate(counts) for _ in range(count)]
+        frequencies: list[int] = []
+        for frequency, count in enumerate(counts):
+            frequencies += [frequency] * count
         return cls(base, width, tuple(frequencies))
 
     @property
@@ -92,6 +91,12 @@ class SharedShape:
     def pass_dim(self) -> int:
         """W - W_r."""
         return self.head_dim - self.rotary_dim
+
+    @property
+    def rotary_sources(self) -> tuple[int, ...]:
+        """For each rotary dimension of a shared head, which of the base's R it stands for."""
+        half = self.base.rotary_dim // 2
+        return (*self.frequencies, *(frequency + half for frequency in self.frequencies))
 
     @property
     def pass_sources(self) -> tuple[int, ...]:
@@ -166,37 +171,30 @@ def mean_heads(weights: AttentionWeights, partition: Partition, shape: SharedSha
     at least, in which the mean of 16-bit weights is exact enough.
     """
     base = shape.base
-    rotary = torch.tensor(shape.frequencies, dtype=torch.long)
-    passing = torch.tensor(shape.pass_sources, dtype=torch.long) + base.rotary_dim
-    key_rows = torch.cat((rotary, rotary + base.rotary_dim // 2, passing))
-    value_rows = torch.tensor(shape.value_sources, dtype=torch.long)
     pair_parts = part_members(partition, shape.frequencies)
     pass_parts = part_members(partition, shape.pass_sources)
     value_parts = part_members(partition, shape.value_sources)
     key_parts = torch.cat((pair_parts, pair_parts, pass_parts), dim=1)
-    split = (base.base_kv_heads, base.head_dim)
-
+    key_sources = [*shape.rotary_sources, *(base.rotary_dim + source for source in shape.pass_sources)]
     heads = SharedHeads(
         partition=partition,
         shape=shape,
-        key=_mean_of_parts(weights.key.unflatten(0, split), partition, key_rows, key_parts),
-        value=_mean_of_parts(weights.value.unflatten(0, split), partition, value_rows, value_parts),
-        key_bias=_mean_of_bias(weights.key_bias, split, partition, key_rows, key_parts),
-        value_bias=_mean_of_bias(weights.value_bias, split, partition, value_rows, value_parts),
-        key_norm=_mean_of_bias(weights.key_norm, split, partition, key_rows, key_parts),
+        key=_mean_of_parts(weights.key, partition, key_sources, key_parts),
+        value=_mean_of_parts(weights.value, partition, shape.value_sources, value_parts),
+        key_bias=_mean_of_parts(weights.key_bias, partition, key_sources, key_parts),
+        value_bias=_mean_of_parts(weights.value_bias, partition, shape.value_sources, value_parts),
+        key_norm=_mean_of_parts(weights.key_norm, partition, key_sources, key_parts),
     )
     if shape.head_dim == base.head_dim:
         return heads
-    repeat = base.queries_per_kv
-    query_mix = _selection(pass_parts, shape.pass_sources, base.pass_dim).mT.repeat_interleave(repeat, 0)
-    value_mix = _selection(value_parts, shape.value_sources, base.head_dim).repeat_interleave(repeat, 0)
-    gain = pair_parts.repeat_interleave(repeat, 0).to(heads.key)
-    return replace(
-        heads,
-        query_gain=torch.complex(gain, torch.zeros_like(gain)),
-        query_mix=query_mix.to(heads.key),
-        value_mix=value_mix.to(heads.key),
-    )
+    gain = pair_parts.to(heads.key)
+    own = {
+        "query_gain": torch.complex(gain, torch.zeros_like(gain)),
+        "query_mix": selection(pass_parts, shape.pass_sources, base.pass_dim).mT.to(gain),
+        "value_mix": selection(value_parts, shape.value_sources, base.head_dim).to(gain),
+    }
+    # All query heads of a KV head use the shared head alike.
+    return replace(heads, **{name: each.repeat_interleave(base.queries_per_kv, 0) for name, each in own.items()})
 
 
 def part_members(partition: Partition, sources: Sequence[int]) -> Tensor:
@@ -222,30 +220,38 @@ def part_members(partition: Partition, sources: Sequence[int]) -> Tensor:
     return members
 
 
-def _mean_of_parts(heads: Tensor, partition: Partition, rows: Tensor, parts: Tensor) -> Tensor:
-    """Base heads (K, D, ...) -> shared heads (G, W, ...): row j is the mean of base row ``rows[j]`` over its part."""
-    heads = heads.to(torch.promote_types(heads.dtype, torch.float32))
-    rows, parts = rows.to(heads.device), parts.to(heads)
+def selection(parts: Tensor, sources: Sequence[int], size: int) -> Tensor:
+    """`part_members` (K, J) -> (K, size, J) of 0 and 1: what takes a head's dimensions out of the J shared ones."""
+    chosen = parts.new_zeros(len(parts), size, len(sources))
+    for column, source in enumerate(sources):
+        chosen[:, source, column] = parts[:, column]
+    return chosen
+
+
+def join_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., E) and (...,) -> (..., E + 1): as one more column a bias follows every change of basis."""
+    if bias is None:
+        return weight
+    return torch.cat((weight, bias.unsqueeze(-1)), dim=-1)
+
+
+def split_bias(rows: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows that `join_bias` made, or what came of them, apart again; ``bias`` is what was joined."""
+    if bias is None:
+        return rows, None
+    return rows[..., :-1].contiguous(), rows[..., -1].contiguous()
+
+
+def _mean_of_parts(rows: Tensor | None, partition: Partition, sources: Sequence[int], parts: Tensor) -> Tensor | None:
+    """Rows of base heads (K D, ...) -> of shared heads (G, W, ...): the mean of rows ``sources[j]`` over part j."""
+    if rows is None:
+        return None
+    heads = rows.unflatten(0, (len(parts), -1)).to(torch.promote_types(rows.dtype, torch.float32))
+    sources, parts = list(sources), parts.to(heads)
     shared = []
     for group in partition:
-        share = parts[list(group)].reshape(len(group), len(rows), *[1] * (heads.dim() - 2))
-        total = (heads[list(group)][:, rows] * share).sum(0)
+        share = parts[list(group)].reshape(len(group), len(sources), *[1] * (heads.dim() - 2))
+        total = (heads[list(group)][:, sources] * share).sum(0)
         # A group of fewer heads than parts leaves some dimensions without a head: they stay zero.
         shared.append(total / share.sum(0).clamp_min(1.0))
     return torch.stack(shared)
-
-
-def _mean_of_bias(
-    bias: Tensor | None, split: tuple[int, int], partition: Partition, rows: Tensor, parts: Tensor
-) -> Tensor | None:
-    if bias is None:
-        return None
-    return _mean_of_parts(bias.reshape(split), partition, rows, parts)
-
-
-def _selection(parts: Tensor, sources: Sequence[int], size: int) -> Tensor:
-    """(K, J) of 0 and 1 -> (K, size, J): what takes a head's own dimensions out of the J shared ones."""
-    selection = torch.zeros(len(parts), size, len(sources))
-    for column, source in enumerate(sources):
-        selection[:, source, column] = parts[:, column]
-    return selection

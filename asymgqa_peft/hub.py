@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,11 @@ from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import TRANSPORT_ERRORS, Conversion, base_licence, check_repo_id, model_card, package_version
+from . import __version__
+from .card import TRANSPORT_ERRORS, Conversion, base_licence, check_repo_id, model_card
 from .files import folder_beside, save_json
 
-PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+PICKLED = ["*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth"]
 """File types that run code when they are loaded, and are not pushed."""
 
 # What an earlier push may have left, and a loader would find beside or instead of the new files.
@@ -39,26 +40,18 @@ _SUPERSEDED = [
 
 
 def push_adapter_to_hub(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    repo_id: str,
-    *,
-    private: bool = True,
-    exist_ok: bool = False,
-    token: str | None = None,
-    **options: object,
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, repo_id: str, **options: object
 ) -> str:
-    """Push the active adapter, with its card, in one commit.
+    """Push the active adapter, with its card, in one commit; returns the repository's URL.
 
     Args:
-        model, tokenizer, **options: as for `save_adapter`.
+        model: the wrapped model.
+        tokenizer: saved along, if given.
         repo_id: "owner/name" of the repository, made if it does not exist.
-        private: whether a new repository is private; an existing public one is then refused.
-        exist_ok: whether to replace what an existing repository holds.
-        token: of the Hub; default is the one logged in with.
-
-    Returns:
-        URL of the repository.
+        **options: those of `save_adapter`, and
+            private: whether a new repository is private (default); an existing public one is then refused.
+            exist_ok: whether to replace what an existing repository holds; default is no.
+            token: of the Hub; default is the one logged in with.
 
     Raises:
         ValueError: for a model without AsymGQA adapter, a base that others cannot load, a bad or taken repository
@@ -66,30 +59,33 @@ def push_adapter_to_hub(
         ConnectionError: if the Hub could not be reached or the push was interrupted; the repository then shows all
             of the push or nothing.
     """
-    check_push_target(repo_id, private=private, exist_ok=exist_ok, token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model, tokenizer, folder, name=repo_id, token=token, **options)
-        return push_folder(folder, repo_id, private=private, exist_ok=exist_ok, token=token)
+    return _push(save_adapter, model, tokenizer, repo_id, **options)
 
 
 def push_merged_to_hub(
-    plain: PreTrainedModel,
+    plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, repo_id: str, **options: object
+) -> str:
+    """Push what `merge_and_unload` returned, with its card, in one commit; returns the repository's URL.
+
+    Arguments and errors are those of `push_adapter_to_hub`, with the options of `save_merged`. The temporary folder
+    ($TMPDIR) needs free space for the model.
+    """
+    return _push(save_merged, plain, tokenizer, repo_id, **options)
+
+
+def _push(
+    save: Callable[..., None],
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     repo_id: str,
-    *,
     private: bool = True,
     exist_ok: bool = False,
     token: str | None = None,
     **options: object,
 ) -> str:
-    """Push what `merge_and_unload` returned, with its card, in one commit.
-
-    Arguments and errors are those of `push_adapter_to_hub`, `options` those of `save_merged`. The temporary folder
-    ($TMPDIR) needs free space for the model.
-    """
     check_push_target(repo_id, private=private, exist_ok=exist_ok, token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_merged(plain, tokenizer, folder, name=repo_id, token=token, **options)
+        save(model, tokenizer, folder, name=repo_id, token=token, **options)
         return push_folder(folder, repo_id, private=private, exist_ok=exist_ok, token=token)
 
 
@@ -103,20 +99,19 @@ def save_adapter(
     token: str | None = None,
     **card: object,
 ) -> None:
-    """Save the active adapter with its card, ready to be pushed; `folder` is written whole or not at all.
+    """Save the active adapter with tokenizer and card, ready to be pushed.
 
     Args:
         model: the wrapped model.
         tokenizer: saved along, if given.
-        folder: a new or empty one.
+        folder: a new or empty one; it is written whole or not at all.
         name: in the card; default is the folder's.
         base_model: "owner/name" of the base, needed if the model was not loaded from the Hub.
         token: of the Hub, for the licence of the base.
         **card: `report`, `evaluation`, `calibration_data`, `recovery_data`, see `model_card`.
 
     Raises:
-        ValueError: for a model without AsymGQA adapter, a base that has no name on the Hub, or a folder that holds
-            something.
+        ValueError: for a model without AsymGQA adapter, a base without a name on the Hub, or a folder in use.
     """
     folder = _checked_empty(folder)
     conversion = Conversion.of(model, base_model)
@@ -150,21 +145,17 @@ def save_merged(
 ) -> None:
     """Save a merged model with its tokenizer, generation configuration, chat template and card.
 
-    Weights go to disk file by file, without a copy of the model; `folder` is written whole or not at all.
-
-    Arguments are those of `save_adapter`, and `max_shard_size` of `save_pretrained`. The card's `conversion` is what
-    `plain` remembers of its base; a model that was loaded from a file needs one of `Conversion.from_configs`.
+    Weights go to disk file by file, without a copy of the model. Arguments are those of `save_adapter`, and
+    `max_shard_size` of `save_pretrained`. The card's `conversion` is what `plain` remembers of its base; a model that
+    was loaded from a file needs one of `Conversion.from_configs`.
 
     Raises:
-        ValueError: for a model that still has an adapter or does not remember its base, or a folder that holds
-            something.
+        ValueError: for a model that still has an adapter or does not remember its base, or a folder in use.
     """
     if isinstance(plain, PeftModel) or not isinstance(plain, PreTrainedModel):
         raise ValueError(f"{type(plain).__name__} is not a merged model: pass what model.merge_and_unload() returns.")
     folder = _checked_empty(folder)
-    if conversion is None:
-        conversion = Conversion.of(plain)
-    conversion = replace(conversion, plain=plain.config)
+    conversion = replace(conversion or Conversion.of(plain), plain=plain.config)
     licence = base_licence(conversion.base_source, conversion.base_revision, token)
     text = model_card(conversion, name=name or folder.name, licence=licence, **card)
     with folder_beside(folder) as beside:
@@ -174,15 +165,13 @@ def save_merged(
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Save a tokenizer under a class name that transformers 4 knows too, which converters of engines still pin.
-
-    transformers 5 calls the class of a bare tokenizer.json TokenizersBackend, and loads the older name as the same.
-    """
     if tokenizer is None:
         return
     tokenizer.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
+    # transformers 5 calls the class of a bare tokenizer.json so, and loads the older name as the same; converters of
+    # engines still pin transformers 4, which knows only that.
     if config.get("tokenizer_class") == "TokenizersBackend":
         save_json(file, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
@@ -224,14 +213,21 @@ def push_folder(
     names = _names_to_upload(folder)
     existing = check_push_target(repo_id, private=private, exist_ok=exist_ok, token=token)
     if "adapter_config.json" in names:
-        _check_base(api, folder / "adapter_config.json")
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        with _clear_errors(str(base)):
+            known = bool(base) and api.repo_exists(base)
+        if not known:
+            raise ValueError(
+                f"The adapter's base {base!r} is not on the Hub, or not for this token: nobody could load the "
+                "adapter. Pass base_model='owner/name', or push the merged model."
+            )
     operations = [CommitOperationAdd(name, str(folder / name)) for name in names]
     for name in filter_repo_objects(sorted(set(existing) - set(names)), allow_patterns=_SUPERSEDED):
         operations.append(CommitOperationDelete(name))
     with _clear_errors(repo_id):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         # Not upload_folder: huggingface_hub 2 spreads a large folder over several commits.
-        api.create_commit(repo_id, operations, commit_message=f"Upload with asymgqa_peft {package_version()}")
+        api.create_commit(repo_id, operations, commit_message=f"Upload with asymgqa_peft {__version__}")
     return str(url)
 
 
@@ -267,17 +263,6 @@ def _api(token: str | None) -> HfApi:
     return HfApi(token=token)
 
 
-def _check_base(api: HfApi, config_file: Path) -> None:
-    base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    with _clear_errors(str(base)):
-        known = bool(base) and api.repo_exists(base)
-    if not known:
-        raise ValueError(
-            f"The adapter's base {base!r} is not on the Hub, or not for this token: nobody could load the adapter. "
-            "Pass base_model='owner/name', or push the merged model."
-        )
-
-
 @contextmanager
 def _clear_errors(repo_id: str) -> Iterator[None]:
     """Tell a refused token (ValueError) from a connection that broke (ConnectionError), with the remedy for each."""
@@ -299,14 +284,11 @@ def _names_to_upload(folder: Path) -> list[str]:
     """Every file in a folder but hidden ones, by its name in the repository."""
     if not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is not a folder.")
-    files = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            files.append(path.relative_to(folder).as_posix())
+    paths = sorted(filter(Path.is_file, folder.rglob("*")))
+    files = [path.relative_to(folder).as_posix() for path in paths]
     names = list(filter_repo_objects(files, ignore_patterns=[".*", "*/.*"]))
-    pickled = [name for name in names if name.endswith(PICKLED)]
-    if pickled:
+    if pickled := list(filter_repo_objects(names, allow_patterns=PICKLED)):
         raise ValueError(f"{', '.join(pickled)} would run code when loaded: save as safetensors, remove them.")
-    if not any(name.endswith(".safetensors") for name in names):
+    if not list(filter_repo_objects(names, allow_patterns="*.safetensors")):
         raise ValueError(f"folder={str(folder)!r} holds no safetensors weights: save a model there first.")
     return names

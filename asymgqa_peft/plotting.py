@@ -1,13 +1,14 @@
 """Pictures of a conversion: groups and costs per layer, similar heads, quality against the size of the KV cache, loss.
 
-Every function writes ``path`` as PNG and as SVG and returns both paths. Figures are made without pyplot: no global
-backend is chosen or changed, nothing stays open. Needs the extra ``plot``.
+Every function writes ``path`` as PNG and as SVG, in place of any such suffix, and returns both paths. Figures are made
+without pyplot: no global backend is chosen or changed, nothing stays open. Needs the extra ``plot``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ from .groups import Partition
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
     from .initialize import InitializationReport
 
@@ -39,12 +39,7 @@ Curve = list[tuple[float, float]]
 
 
 def plot_groups(report: InitializationReport, path: str | Path) -> list[Path]:
-    """Draw the sizes of every layer's groups, and what the layer's grouping costs beside neighbour groups.
-
-    Args:
-        report: what `initialize_asymgqa_weights` returned, or loaded from its JSON.
-        path: where to write; a suffix .png or .svg is replaced.
-    """
+    """Draw the sizes of every layer's groups, and what the layer's grouping costs beside neighbour groups."""
     layers = len(report.head_groups)
     figure = _new_figure(height=1.6 + 0.22 * layers)
     sizes_axes, costs_axes = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -63,15 +58,13 @@ def plot_similarities(
     """Draw how similar one layer's heads are, as they stand and once their bases are chosen.
 
     Args:
-        before: (K, K), similarity of each pair of heads in the bases of the checkpoint.
-        after: (K, K), the same in the best bases.
+        before, after: (K, K), similarity of each pair of heads in the bases of the checkpoint, and in the best ones.
         partition: the layer's groups; heads are ordered by them and every group is framed.
-        path: where to write; a suffix .png or .svg is replaced.
 
     Raises:
         ValueError: unless the partition holds every one of the K heads once.
     """
-    order = [head for group in partition for head in group]
+    order = list(chain(*partition))
     ordered = []
     for given in (before, after):
         matrix = torch.as_tensor(given, dtype=torch.float64, device="cpu")
@@ -101,24 +94,22 @@ def plot_quality(points: Sequence[Mapping[str, Any]], path: str | Path) -> list[
     Args:
         points: dicts with ``arm`` (name in the legend), ``kv_bytes_per_token`` and ``perplexity``. An arm of a single
             point, such as the base, is drawn with a dashed line at its perplexity.
-        path: where to write; a suffix .png or .svg is replaced.
 
     Raises:
         ValueError: if there is no point, or one lacks a key.
     """
     arms = _collect_arms(points)
-    inside, height = len(arms) <= INSIDE, 4.5
-    if not inside:
-        height += 0.1 * len(arms)  # the legend goes below
-    axes = _new_figure(height).subplots()
-    measured = []
-    for index, (arm, line) in enumerate(arms.items()):
-        _draw_line(axes, index, arm, sorted(line))
-        measured += line
-        if len(line) == 1:
-            axes.axhline(line[0][1], color=COLOURS[index % len(COLOURS)], linewidth=1, linestyle="--", zorder=0)
-    _scale_quality(axes, measured)
-    _add_legend_and_grid(axes, inside)
+    axes = _draw_lines(arms, "perplexity")
+    for drawn, points_of_arm in zip(axes.get_lines(), arms.values(), strict=True):
+        if len(points_of_arm) == 1:
+            level = points_of_arm[0][1]
+            axes.axhline(level, color=drawn.get_color(), linewidth=1, linestyle="--", zorder=0)
+    sizes = sorted({size for size, _ in chain(*arms.values())})
+    if sizes[0] > 0 and len(sizes) > 1:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, _labels_apart(sizes))
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("KV cache, KiB per token")
     return _save(axes.figure, path)
 
 
@@ -133,7 +124,6 @@ def plot_losses(
         curves: name in the legend -> ``trainer.state.log_history``, or pairs (step, loss). Losses are drawn over
             tokens where every log entry counts them (TRL's ``num_tokens``), over steps otherwise. A loss that is not
             finite leaves a gap.
-        path: where to write; a suffix .png or .svg is replaced.
         key: which entry of the logs: "loss" is what was trained on, and comparable only between arms of one objective;
             "eval_loss", or `AsymGQATrainer`'s "sft_loss" and "distillation_loss".
 
@@ -142,22 +132,20 @@ def plot_losses(
     """
     if not curves:
         raise ValueError("curves is empty: give at least one log_history.")
-    with_tokens = all(_counts_tokens(log, key) for log in curves.values())
+    place, label = "step", "steps"
+    entries = list(chain(*curves.values()))
+    # No entry is a pair, and each that has the loss says after how many tokens.
+    if all(isinstance(entry, Mapping) and (key not in entry or "num_tokens" in entry) for entry in entries):
+        place, label = "num_tokens", "tokens"
     # All curves are checked before the first is drawn.
-    lines = {name: _loss_curve(name, log, key, with_tokens) for name, log in curves.items()}
-    axes = _new_figure(height=4.5).subplots()
-    losses = []
-    for index, (name, line) in enumerate(lines.items()):
-        _draw_line(axes, index, name, line, markevery=max(1, len(line) // CURVE_MARKS))
-        losses += [loss for _, loss in line if math.isfinite(loss)]
+    lines = {name: _loss_curve(name, log, key, place) for name, log in curves.items()}
+    axes = _draw_lines(lines, key.replace("_", " "))
     axes.set_xlim(left=0)
-    axes.set_xlabel("steps")
-    if with_tokens:
-        axes.set_xlabel("tokens")
-        axes.xaxis.set_major_formatter(_short_numbers())
-    axes.set_ylabel(f"{key.replace('_', ' ')} (lower is better)")
-    _scale_by_factor(axes, losses)
-    _add_legend_and_grid(axes)
+    axes.set_xlabel(label)
+    if label == "tokens":
+        from matplotlib.ticker import EngFormatter
+
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1 500 000 as "1.5M"
     return _save(axes.figure, path)
 
 
@@ -165,10 +153,8 @@ def _draw_sizes(axes: Axes, head_groups: list[list[list[int]]]) -> None:
     """Stacked bars of a layer's group sizes, largest first, each with its number."""
     from matplotlib import colormaps
 
-    sizes = []
-    for partition in head_groups:
-        sizes.append(sorted(map(len, partition), reverse=True))
-    largest = max(layer[0] for layer in sizes)
+    sizes = [sorted(map(len, partition), reverse=True) for partition in head_groups]
+    largest = max(map(max, sizes))
     for index, layer in enumerate(sizes):
         start = 0
         for size in layer:
@@ -223,33 +209,21 @@ def _label_heads(axes: Axes, order: Sequence[int]) -> None:
 
 
 def _collect_arms(points: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
-    """(bytes, perplexity) of every arm, arms in order of appearance."""
+    """(bytes, perplexity) of every arm in order of size, arms in order of appearance."""
     arms: dict[str, Curve] = {}
     for index, point in enumerate(points):
-        missing = [key for key in POINT_KEYS if key not in point]
-        if missing:
+        if missing := sorted(set(POINT_KEYS) - point.keys()):
             raise ValueError(f"points[{index}] lacks {', '.join(missing)}: every point needs {', '.join(POINT_KEYS)}.")
         arms.setdefault(point["arm"], []).append((float(point["kv_bytes_per_token"]), float(point["perplexity"])))
     if not arms:
         raise ValueError("points is empty: give at least one measured arm.")
+    for line in arms.values():
+        line.sort()
     return arms
 
 
-def _counts_tokens(log: Sequence[Any], key: str) -> bool:
-    """Whether every entry that has the loss says after how many tokens."""
-    for entry in log:
-        if not isinstance(entry, Mapping):
-            return False  # a pair (step, loss)
-        if key in entry and "num_tokens" not in entry:
-            return False
-    return True
-
-
-def _loss_curve(name: str, log: Sequence[Any], key: str, with_tokens: bool) -> Curve:
-    """(tokens or step, loss) of every entry that has the loss, in order."""
-    place = "step"
-    if with_tokens:
-        place = "num_tokens"
+def _loss_curve(name: str, log: Sequence[Any], key: str, place: str) -> Curve:
+    """(`place`, loss) of every entry that has the loss, in order."""
     curve, logged = [], set()
     try:
         for entry in log:
@@ -272,32 +246,38 @@ def _loss_curve(name: str, log: Sequence[Any], key: str, with_tokens: bool) -> C
     return curve
 
 
-def _draw_line(axes: Axes, index: int, name: str, line: Curve, **style: Any) -> None:
-    """One arm in its own colour and marker."""
-    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-    axes.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=6, linewidth=1.8, label=name, **style)
-
-
-def _scale_quality(axes: Axes, measured: Curve) -> None:
-    """Ticks at the measured cache sizes; logarithmic axes where values span a factor."""
-    from matplotlib.ticker import NullLocator
-
-    sizes, perplexities = zip(*measured, strict=True)
-    sizes = sorted(set(sizes))
-    if sizes[0] > 0 and len(sizes) > 1:
-        axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, _labels_apart(sizes))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("KV cache, KiB per token")
-    axes.set_ylabel("perplexity (lower is better)")
-    _scale_by_factor(axes, perplexities)
+def _draw_lines(lines: Mapping[str, Curve], quantity: str) -> Axes:
+    """A figure with each line in its own colour and marker; a logarithmic axis where positive values span a factor."""
+    inside, height = len(lines) <= INSIDE, 4.5
+    if not inside:
+        height += 0.1 * len(lines)  # the legend goes below
+    axes = _new_figure(height).subplots()
+    values = []
+    for index, (name, line) in enumerate(lines.items()):
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        marked = max(1, len(line) // CURVE_MARKS)
+        axes.plot(*zip(*line, strict=True), markersize=6, linewidth=1.8, label=name, markevery=marked, **style)
+        values += [value for _, value in line if math.isfinite(value)]
+    axes.set_ylabel(f"{quantity} (lower is better)")
+    smallest = min(values, default=0.0)
+    if smallest > 0 and max(values) > LOG_FACTOR * smallest:
+        axes.set_yscale("log")
+        axes.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    if inside:
+        axes.legend(frameon=False)
+    else:
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    _open_frame(axes)
+    return axes
 
 
 def _labels_apart(sizes: Sequence[float]) -> list[str]:
     """Sizes in KiB; "" where a label would run into that of a larger size."""
-    octaves = []
-    for size in sizes:
-        octaves.append(math.log2(size) if size > 0 else 0.0)
+    octaves = [math.log2(max(size, 1.0)) for size in sizes]
     per_octave = 0.85 * WIDTH / max(octaves[-1] - octaves[0], 1.0)  # inches
     labels = [""] * len(sizes)
     # From the largest on: `free` is where the label to the right begins.
@@ -308,34 +288,6 @@ def _labels_apart(sizes: Sequence[float]) -> list[str]:
         if place + half <= free:
             labels[index], free = label, place - half
     return labels
-
-
-def _scale_by_factor(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis where positive values span a factor, with plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    if min(values) > 0 and max(values) > LOG_FACTOR * min(values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _short_numbers() -> EngFormatter:
-    """1 500 000 as "1.5M"."""
-    from matplotlib.ticker import EngFormatter
-
-    return EngFormatter(sep="")
-
-
-def _add_legend_and_grid(axes: Axes, inside: bool = True) -> None:
-    if inside:
-        axes.legend(frameon=False)
-    else:
-        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    axes.grid(color="#E5E5E5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    _open_frame(axes)
 
 
 def _open_frame(axes: Axes) -> None:
@@ -353,16 +305,14 @@ def _new_figure(height: float) -> Figure:
 
 def _save(figure: Figure, path: str | Path) -> list[Path]:
     """Write PNG and SVG beside each other, each whole or not at all; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
     stem = Path(path)
     if stem.suffix.lower() in (".png", ".svg"):  # no other suffix: the .5 of "qwen2.5" stays
         stem = stem.with_suffix("")
-    return [_save_as(figure, stem, "png", {}), _save_as(figure, stem, "svg", {"Date": None})]
-
-
-def _save_as(figure: Figure, stem: Path, form: str, metadata: dict[str, None]) -> Path:
-    from matplotlib import rc_context
-
-    written = stem.with_name(f"{stem.name}.{form}")
-    with written_beside(written) as beside, rc_context({"svg.hashsalt": "asymgqa_peft"}):
-        figure.savefig(beside, format=form, dpi=DPI, facecolor="white", metadata=metadata)
+    written = []
+    for form, metadata in (("png", {}), ("svg", {"Date": None})):
+        written.append(stem.with_name(f"{stem.name}.{form}"))
+        with written_beside(written[-1]) as beside, rc_context({"svg.hashsalt": "asymgqa_peft"}):
+            figure.savefig(beside, format=form, dpi=DPI, facecolor="white", metadata=metadata)
     return written

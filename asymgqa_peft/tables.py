@@ -13,8 +13,7 @@ def markdown_table(rows: Rows, aligned: bool = False) -> str:
     lines = _formatted(rows)
     if aligned:
         lines = _padded(lines)
-    rule = ["-" * max(3, len(name)) for name in lines[0]]
-    lines.insert(1, rule)
+    lines.insert(1, ["-" * max(3, len(name)) for name in lines[0]])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -37,10 +36,9 @@ def format_value(value: object) -> str:
 
 def _formatted(rows: Rows) -> list[list[str]]:
     """Names of the columns, then the cells of every row."""
-    columns = list(rows[0])
-    lines = [columns]
+    lines = [list(rows[0])]
     for row in rows:
-        lines.append([format_value(row.get(column)) for column in columns])
+        lines.append([format_value(row.get(column)) for column in lines[0]])
     return lines
 
 

@@ -36,13 +36,11 @@ class AsymGQATrainer(SFTTrainer):
     without w) and `sft_loss` (the cross-entropy).
 
     Args:
-        distillation_weight: w in [0, 1]. 0 is SFTTrainer, to the last bit. At 1 the labels only say which positions
-            count.
+        distillation_weight: w in [0, 1]. 0 is SFTTrainer, to the last bit. At 1 labels only say which positions count.
         temperature: τ > 0.
         kv_learning_rate_scale: learning rate of shared K/V heads (and their gains, mixes and norms), relative to
             that of the other parameters. They stay float32 whatever the base's dtype. Not applied to an optimizer
             that is passed in, or defined in a DeepSpeed config.
-        **kwargs: SFTTrainer's.
 
     Raises:
         ValueError: for a bad argument, or an SFTConfig option that distillation does not define. On the first batch,
@@ -50,7 +48,6 @@ class AsymGQATrainer(SFTTrainer):
     """
 
     _tag_names = [*SFTTrainer._tag_names, "asymgqa"]
-
     chunk_bytes = CHUNK_BYTES
 
     def __init__(
@@ -69,9 +66,8 @@ class AsymGQATrainer(SFTTrainer):
         self.kv_learning_rate_scale = float(kv_learning_rate_scale)
         self._output_layer_is_checked = False
         # Tokens and STATISTICS since the last log, in float64 on the host.
-        self._running_sums = {
-            mode: torch.zeros(1 + len(STATISTICS), dtype=torch.float64) for mode in ("train", "eval")
-        }
+        empty = torch.zeros(1 + len(STATISTICS), dtype=torch.float64)
+        self._running_sums = {"train": empty, "eval": empty.clone()}
         # On a quantised base SFTTrainer rounds trainable parameters to bf16 by giving them new storage. These
         # references keep the exact values alive; nothing is copied.
         model = args[0] if args else kwargs.get("model")
@@ -80,19 +76,15 @@ class AsymGQATrainer(SFTTrainer):
             for name, parameter in _shared_head_parameters(model):
                 exact_values[name] = parameter.data
         super().__init__(*args, **kwargs)
-        self._train_shared_heads_in_float32(exact_values)
-        if self.distillation_weight > 0:
-            self._check_distillable()
-
-    def _train_shared_heads_in_float32(self, exact_values: dict[str, Tensor]) -> None:
         # bf16 would swallow most steps of a usual size. ZeRO-3 gathers into buffers of one dtype, so there they keep
         # the dtype of the others.
-        if self.is_deepspeed_enabled:
-            return
-        for name, parameter in _shared_head_parameters(self.model):
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                values = exact_values.get(name, parameter.data)
-                parameter.data = values.to(parameter.device, torch.float32)
+        if not self.is_deepspeed_enabled:
+            for name, parameter in _shared_head_parameters(self.model):
+                if parameter.requires_grad and parameter.dtype != torch.float32:
+                    values = exact_values.get(name, parameter.data)
+                    parameter.data = values.to(parameter.device, torch.float32)
+        if self.distillation_weight > 0:
+            self._check_distillable()
 
     def _check_distillable(self) -> None:
         if not isinstance(getattr(self.model, "base_model", None), BaseTuner):
@@ -100,7 +92,7 @@ class AsymGQATrainer(SFTTrainer):
                 f"distillation_weight={self.distillation_weight} needs an adapter to switch off for the teacher, got "
                 f"{type(self.model).__name__}: pass a PeftModel or peft_config, or distillation_weight=0."
             )
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        parallelism = self.accelerator.parallelism_config
         splits_sequences = parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)
         undefined = {
             "loss_type": self.args.loss_type != "nll",
@@ -113,14 +105,13 @@ class AsymGQATrainer(SFTTrainer):
             if is_set:
                 raise ValueError(f"{option} is not defined for distillation: unset it, or use distillation_weight=0.")
 
-    # ---- Loss ----
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """SFTTrainer's at weight 0; else the class docstring's, with `num_items_in_batch` as the divisor."""
         if self.distillation_weight == 0.0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
-        model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        model_inputs = dict(inputs)
+        model_inputs.pop("labels")
         total, sums = self._summed_loss(model, model_inputs, inputs["labels"][:, 1:])
         tokens = sums.tokens if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(tokens, device=total.device).clamp(min=1)
@@ -182,13 +173,11 @@ class AsymGQATrainer(SFTTrainer):
             self._output_layer_is_checked = True
         return teacher
 
-    # ---- Logging ----
-
     def _record(self, sums: LossSums, inputs: dict[str, Any]) -> None:
         seen = inputs["input_ids"].numel()
         if "attention_mask" in inputs:
             seen = inputs["attention_mask"].sum()
-        counts = torch.stack([sums.statistics.new_tensor(float(seen)), sums.statistics.new_tensor(float(sums.tokens))])
+        counts = sums.statistics.new_tensor([float(seen), float(sums.tokens)])
         # One gather over ranks and one copy to the host for all numbers.
         numbers = self.accelerator.gather(torch.cat([counts, sums.statistics])[None]).sum(0).cpu().double()
         self._running_sums[self._mode] += numbers[1:]
@@ -210,8 +199,6 @@ class AsymGQATrainer(SFTTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    # ---- Optimizer ----
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its groups split so that shared parameters have their own learning rate."""
         is_new = self.optimizer is None
@@ -230,19 +217,16 @@ def split_shared_groups(optimizer: torch.optim.Optimizer, model: nn.Module, scal
     Raises:
         ValueError: if the optimizer does not hold the shared parameters in groups (layer-wise optimizers).
     """
-    shared = set()
-    for _, parameter in _shared_head_parameters(model):
-        if parameter.requires_grad:
-            shared.add(id(parameter))
+    shared = {id(parameter) for _, parameter in _shared_head_parameters(model) if parameter.requires_grad}
     found = set()
     for group in list(optimizer.param_groups):
         moved, kept = [], []
         for parameter in group["params"]:
             if id(parameter) in shared:
                 moved.append(parameter)
+                found.add(id(parameter))
             else:
                 kept.append(parameter)
-        found.update(map(id, moved))
         if moved:
             group["params"] = kept
             optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * scale})
@@ -251,9 +235,6 @@ def split_shared_groups(optimizer: torch.optim.Optimizer, model: nn.Module, scal
             f"{type(optimizer).__name__} does not keep the shared K/V parameters in parameter groups, so "
             "kv_learning_rate_scale cannot apply: set it to 1, or choose another `optim`."
         )
-
-
-# ---- Base model as teacher ----
 
 
 @contextmanager
@@ -289,19 +270,14 @@ def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
             parameter.requires_grad_(flag)
 
 
-# ---- Output layer ----
-
-
 def _forward_with_hidden(
     model: nn.Module, inputs: dict[str, Any], module: nn.Module, use: Callable[[Tensor], Any]
 ) -> tuple[Any, Tensor]:
     """Call the model; `use` gets the hidden states that enter its output layer `module`, (B, T, E).
 
     The output layer itself computes the last position only, so that logits of all positions never exist. `use` runs
-    inside the forward pass, where autocast is on and FSDP or ZeRO-3 has gathered the output layer's weight.
-
-    Returns:
-        `use`'s result, and the model's logits of the last position, (B, 1, V).
+    inside the forward pass, where autocast is on and FSDP or ZeRO-3 has gathered the output layer's weight. Returns
+    `use`'s result, and the model's logits of the last position, (B, 1, V).
     """
     results = []
 
@@ -333,8 +309,9 @@ def _output_modules(model: PeftModel) -> tuple[nn.Module, nn.Module]:
 def describe_output_layer(module: nn.Linear, softcap: float | None, hidden_dtype: torch.dtype) -> OutputLayer:
     """A linear output layer in the dtype in which the model itself runs it on hidden states of `hidden_dtype`."""
     weight, bias = module.weight, module.bias
-    if not _holds_plain_weight(module):
-        # What the layer makes of the identity is right for every kind of quantisation and sharding.
+    if not weight.is_floating_point() or weight.shape != (module.out_features, module.in_features):
+        # Packed, or a shard that is not gathered at the moment. What the layer makes of the identity is right for
+        # every kind of quantisation and sharding.
         with torch.no_grad():
             columns = module(torch.eye(module.in_features, dtype=hidden_dtype, device=weight.device))
             if bias is not None:
@@ -348,11 +325,6 @@ def describe_output_layer(module: nn.Linear, softcap: float | None, hidden_dtype
     return OutputLayer(weight.to(dtype), bias, softcap)
 
 
-def _holds_plain_weight(module: nn.Linear) -> bool:
-    """Whether `weight` is the (V, E) matrix: not packed, nor a shard that is not gathered at the moment."""
-    return module.weight.is_floating_point() and module.weight.shape == (module.out_features, module.in_features)
-
-
 def _check_logits(module: nn.Linear, expected: Tensor, logits: Tensor) -> None:
     """Refuse a model that does more to its logits than `OutputLayer` knows of. Both (B, V)."""
     if expected.shape != logits.shape:
@@ -363,14 +335,11 @@ def _check_logits(module: nn.Linear, expected: Tensor, logits: Tensor) -> None:
         tolerance = 1e-3
     difference, largest = (expected - logits).abs().max(), logits.abs().max()
     if not difference <= tolerance * largest:  # also where one of them is not a number
-        found = (
-            "its weight, bias and softcap do not reproduce the model's logits: they differ by up to "
-            f"{difference:.3g}, where the largest is {largest:.3g}"
-        )
-        raise _unfit_output_layer(module, found)
+        found = "its weight, bias and softcap do not reproduce the model's logits: they differ by up to "
+        raise _unfit_output_layer(module, f"{found}{difference:.3g}, where the largest is {largest:.3g}")
 
 
-def _unfit_output_layer(module: nn.Module | None, found: str) -> ValueError:
+def _unfit_output_layer(module: nn.Module, found: str) -> ValueError:
     kind = type(module)
     return ValueError(
         f"Distillation computes logits from the output layer, a {kind.__module__}.{kind.__qualname__}, but {found}. "
@@ -379,11 +348,8 @@ def _unfit_output_layer(module: nn.Module | None, found: str) -> ValueError:
 
 
 def _next_token_rows(values: Tensor, labels: Tensor) -> Tensor:
-    """(B, T, X), (B, T - 1) -> (N, X): the rows that predict a label other than -100."""
+    """(B, T, E), (B, T - 1) -> (N, E): the rows that predict a label other than -100."""
     return values[:, :-1][(labels != -100).to(values.device)]
-
-
-# ---- Helpers ----
 
 
 def _shared_head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

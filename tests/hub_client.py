@@ -73,19 +73,9 @@ class Errors(dict):
 
 def wrapped_base():
     """The base by its repository id, with unequal groups and every trainable parameter random."""
-    from peft import get_peft_model
+    from models import wrap
 
-    from asymgqa_peft import AsymGQAConfig
-
-    base = AutoModelForCausalLM.from_pretrained("them/base")
-    config = AsymGQAConfig(num_key_value_heads=2, head_groups=GROUPS, r=4, task_type="CAUSAL_LM")
-    model = get_peft_model(base, config).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return wrap(AutoModelForCausalLM.from_pretrained("them/base"), GROUPS)
 
 
 def load_adapter(folder: Path) -> None:

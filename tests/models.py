@@ -1,4 +1,9 @@
-"""Tiny random models of every supported family, and adapters on them with unequal groups and no parameter at rest."""
+"""Tiny random models of every supported family, and adapters on them with unequal groups and no parameter at rest.
+
+The bases that most tests use come first: three of them, small, that between them have every feature of the adapter
+(GQA, biases, partial rotary). The table of every family's features is `CASES`. Wrapping changes a base in place, so
+each call makes a new one.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,122 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from asymgqa_peft import AsymGQAConfig
 
 VOCAB = 101
+LAYERS = 2
 HEADS = 8
+
+
+def tiny_config(model_type: str, **changes):
+    """The stock configuration of a family; a change to None leaves the family's own default."""
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 96,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "pad_token_id": 0,
+        **changes,
+    }
+    return AutoConfig.for_model(model_type, **{name: v for name, v in values.items() if v is not None})
+
+
+def random_model(config, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
+    """A stock model whose every parameter is random and large enough to matter."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    generator = torch.Generator().manual_seed(seed)
+    # Tied embeddings stay small: with large ones a model repeats its input whatever its attention does.
+    large = None if config.tie_word_embeddings else model.get_input_embeddings().weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() < 2:
+                parameter.add_(0.2 * noise)
+            elif parameter is large:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(parameter.shape[1] ** -0.5 * noise)
+    model.generation_config.eos_token_id = None  # generation tests want a fixed length
+    return model
+
+
+def tiny_llama(**changes) -> PreTrainedModel:
+    """MHA: E 48, H = K = 6, D 8."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6}
+    return random_model(tiny_config("llama", **sizes | changes), attention="sdpa")
+
+
+def tiny_qwen2(**changes) -> PreTrainedModel:
+    """GQA base with K/V bias: E 64, H 8, K 4, D 8."""
+    sizes = {"hidden_size": 64, "num_key_value_heads": 4}
+    return random_model(tiny_config("qwen2", **sizes | changes), attention="sdpa")
+
+
+def tiny_phi(**changes) -> PreTrainedModel:
+    """Partial rotary, biases everywhere, `dense` for o_proj: E 48, H = K = 6, D 8, R 4."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "partial_rotary_factor": 0.5}
+    return random_model(tiny_config("phi", **sizes | changes), attention="sdpa")
+
+
+BASES = {"llama": tiny_llama, "qwen2": tiny_qwen2, "phi": tiny_phi}
+# Unequal groups of a base's KV heads, layer by layer; heads in order, as an adapter saves them.
+GROUPS_OF_6 = [[[0, 2, 3, 5], [1, 4]], [[1, 2, 3, 4], [0, 5]]]
+GROUPS_OF_4 = [[[0, 2, 3], [1]], [[0, 1, 3], [2]]]
+GROUPS = {"llama": GROUPS_OF_6, "qwen2": GROUPS_OF_4, "phi": GROUPS_OF_6}
+OTHER_GROUPS_OF_6 = [[[0, 1, 5], [3], [2, 4]], [[2], [0, 3, 4], [1, 5]]]
+OTHER_GROUPS_OF_4 = [[[2], [0], [1, 3]], [[0, 3], [1], [2]]]
+OTHER_GROUPS = {"llama": OTHER_GROUPS_OF_6, "qwen2": OTHER_GROUPS_OF_4, "phi": OTHER_GROUPS_OF_6}
+
+
+def adapter_config(groups: list | None = None, **changes) -> AsymGQAConfig:
+    """A config with the groups of every layer, or with 2 groups that are still to be chosen."""
+    fields = {"num_key_value_heads": 2, "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+    if groups is not None:
+        fields |= {"num_key_value_heads": len(groups[0]), "head_groups": groups}
+    return AsymGQAConfig(**fields | changes)
+
+
+def wrap(base: PreTrainedModel, groups: list | None = None, seed: int = 1, **changes) -> PeftModel:
+    """An adapter on `base` (changed in place), every parameter of it random: no gain, mix, bias or LoRA at rest."""
+    config = adapter_config(groups, **changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # LoRA starts from the global generator
+        model = get_peft_model(base, config).eval()
+    perturb(model, seed)
+    return model
+
+
+def perturb(model: PeftModel, seed: int = 1) -> None:
+    """Move every trainable parameter of the active adapter by noise of its own size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                scale = parameter.std().item() if parameter.numel() > 1 and parameter.std() > 0 else 0.2
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                parameter.add_((max(scale, 0.05) * noise).to(parameter.dtype))
+
+
+def tensors(model: torch.nn.Module, part: str = "") -> dict[str, torch.Tensor]:
+    """Copies of what a model holds under names with `part` in them; of everything by default."""
+    return {name: value.clone() for name, value in model.state_dict().items() if part in name}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same names, of which there are some, with the same tensors to the last bit."""
+    assert expected
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, **options) -> torch.Tensor:
+    """(2, 11, V) in fp32, on fixed random tokens."""
+    return model(input_ids=prompt(2, 11, seed=5), **options).logits.float()
+
+
 MHA_GROUPS = [[[6, 1, 3, 0, 7], [5, 2], [4]], [[2], [7, 0, 5, 3, 6], [1, 4]]]
 GQA_GROUPS = [[[3, 1], [0], [2]], [[1], [2], [3, 0]]]  # of the base's 4 KV heads
 EQUAL_GROUPS = [[[6, 1], [3, 0], [5, 2], [7, 4]], [[2, 7], [0, 5], [3, 4], [1, 6]]]
@@ -147,63 +267,8 @@ CASES: dict[str, Case] = {
 
 
 def config_of(case: Case):
-    """The stock configuration of a case: 2 layers, 8 heads, head_dim not hidden_size / heads where that is allowed."""
-    values = {
-        "vocab_size": VOCAB,
-        "hidden_size": 96,
-        "head_dim": 8,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": case.kv_heads,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-        **case.overrides,
-    }
-    return AutoConfig.for_model(case.model_type, **{name: v for name, v in values.items() if v is not None})
-
-
-def random_model(config, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
-    """A stock model whose every parameter is random and large enough to matter."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    generator = torch.Generator().manual_seed(seed)
-    # Tied embeddings stay small: with large ones a model repeats its input whatever its attention does.
-    large = [] if config.tie_word_embeddings else [model.get_input_embeddings().weight]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() < 2:
-                parameter.add_(0.2 * noise)
-            else:
-                scale = 1 if any(parameter is other for other in large) else parameter.shape[1] ** -0.5
-                parameter.copy_(scale * noise)
-    model.generation_config.eos_token_id = None  # generation tests want a fixed length
-    return model
-
-
-def wrap(base: PreTrainedModel, groups, seed: int = 1, **options) -> PeftModel:
-    """An adapter on `base` (changed in place), every parameter of it random: no gain, mix, bias or LoRA at rest."""
-    fields = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8} | options
-    config = AsymGQAConfig(num_key_value_heads=len(groups[0]), head_groups=groups, **fields)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # LoRA starts from the global generator
-        model = get_peft_model(base, config).eval()
-    perturb(model, seed)
-    return model
-
-
-def perturb(model: PeftModel, seed: int = 1) -> None:
-    """Move every trainable parameter of the active adapter by noise of its own size."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                scale = parameter.std().item() if parameter.numel() > 1 and parameter.std() > 0 else 0.2
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-                parameter.add_((max(scale, 0.05) * noise).to(parameter.dtype))
+    """The stock configuration of a case: 8 heads, head_dim not hidden_size / heads where that is allowed."""
+    return tiny_config(case.model_type, num_key_value_heads=case.kv_heads, **case.overrides)
 
 
 @cache

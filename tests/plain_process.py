@@ -41,4 +41,5 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for root in sys.argv[1:]:
+        main(Path(root))

@@ -75,7 +75,8 @@ def test_a_prompt_prefilled_in_chunks_gives_the_same_logits(name: str, cache_cla
 @pytest.mark.parametrize("name", MODELS)
 def test_generate_with_chunked_prefill_and_static_cache(name: str):
     expected = greedy_alone(reference(name), {"input_ids": prompt()}, tokens=6)
-    for options in ({"prefill_chunk_size": 5}, {"cache_implementation": "static"}):
+    chunked, static = {"prefill_chunk_size": 5}, {"cache_implementation": "static"}
+    for options in (chunked, static, chunked | static):
         tokens = adapted(name).generate(input_ids=prompt(), max_new_tokens=6, do_sample=False, **options)
         assert torch.equal(tokens[:, -6:], expected), options
 

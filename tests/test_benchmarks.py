@@ -88,7 +88,7 @@ def expansion_model(slots: int):
 
 def test_overhead_compares_with_lora(run):
     rows = run(overhead, "--device cpu --batch 1 --length 32 --steps 1 --rank 4")["rows"]
-    assert [row["arm"] for row in rows][0] == "LoRA" and len(rows) == 4
+    assert [row["arm"] for row in rows][0] == "LoRA" and len(rows) == 5
     assert rows[0]["step x LoRA"] == 1 and all(row["step, ms"] > 0 for row in rows)
 
 

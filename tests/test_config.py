@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import GROUPS, LAYERS, adapter_config, logits, tiny_llama, tiny_phi, wrap
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import GROUPS, adapter_config, logits, tiny_llama, tiny_phi, wrap
 from peft import PeftConfig, get_peft_model
 
 from asymgqa_peft import AsymGQAConfig
@@ -107,12 +107,12 @@ def test_hostile_head_groups_are_refused_and_the_model_is_untouched(groups):
     assert dict(base.named_modules()) == before and not hasattr(base, "peft_config")
     assert [p.requires_grad for p in base.parameters()] == trainable
     assert torch.equal(logits(base), reference)
-    wrap_with_groups(base, [GROUPS["llama"]] * LAYERS)  # and it can still be wrapped
+    wrap_with_groups(base, GROUPS["llama"])  # and it can still be wrapped
     assert not torch.equal(logits(base), reference)
 
 
 def test_bad_groups_of_a_second_adapter_leave_the_first_as_it_was():
-    model = wrap(tiny_llama(), adapter_config(GROUPS["llama"]))
+    model = wrap(tiny_llama(), GROUPS["llama"])
     before, names = logits(model), set(dict(model.named_modules()))
     with pytest.raises(ValueError, match="head_groups"):
         model.add_adapter("second", adapter_config(head_groups=HOSTILE["gap"]))
@@ -180,7 +180,7 @@ def test_config_survives_its_file(tmp_path):
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert raw["peft_type"] == "ASYM_GQA" and raw["head_groups"] == [GROUPS["llama"]] * LAYERS
+    assert raw["peft_type"] == "ASYM_GQA" and raw["head_groups"] == GROUPS["llama"]
     for loaded in (AsymGQAConfig.from_pretrained(tmp_path), PeftConfig.from_pretrained(tmp_path)):
         assert type(loaded) is AsymGQAConfig
         assert loaded.to_dict() == config.to_dict()

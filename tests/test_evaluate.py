@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from peft import get_peft_model
-from transformers import BatchEncoding, DynamicCache, LlamaConfig, LlamaForCausalLM
+from models import GROUPS, VOCAB, tiny_llama, wrap
+from transformers import BatchEncoding, DynamicCache
 
-from asymgqa_peft import AsymGQAConfig
 from asymgqa_peft.evaluate import (
     decode_speed,
     kl_to_reference,
@@ -15,21 +14,6 @@ from asymgqa_peft.evaluate import (
     perplexity,
     strided_windows,
 )
-
-
-def tiny_llama(kv_heads: int = 4) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def token_losses(model, ids: torch.Tensor) -> list[float]:
@@ -40,7 +24,7 @@ def token_losses(model, ids: torch.Tensor) -> list[float]:
 
 def test_perplexity_is_token_weighted_over_batches_of_unequal_length():
     model = tiny_llama()
-    short, long = torch.randint(0, 61, (1, 5)), torch.randint(0, 61, (1, 17))
+    short, long = torch.randint(0, VOCAB, (1, 5)), torch.randint(0, VOCAB, (1, 17))
     losses = token_losses(model, short[0]) + token_losses(model, long[0])
     expected = math.exp(sum(losses) / len(losses))
     mean_of_batches = math.exp(0.5 * (sum(losses[:4]) / 4 + sum(losses[4:]) / 16))
@@ -51,7 +35,7 @@ def test_perplexity_is_token_weighted_over_batches_of_unequal_length():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_counted(side):
     model = tiny_llama()
-    ids = torch.randint(0, 61, (1, 12))
+    ids = torch.randint(0, VOCAB, (1, 12))
     pad = torch.zeros(1, 6, dtype=torch.long)
     padded = torch.cat((pad, ids) if side == "left" else (ids, pad), dim=1)
     mask = torch.cat((pad, torch.ones_like(ids)) if side == "left" else (torch.ones_like(ids), pad), dim=1)
@@ -64,7 +48,7 @@ def test_kl_is_zero_to_itself_and_the_formula_to_another():
     model, other = tiny_llama(), tiny_llama()
     with torch.no_grad():
         other.lm_head.weight.mul_(1.7)
-    ids = torch.randint(0, 61, (3, 9))
+    ids = torch.randint(0, VOCAB, (3, 9))
     p, q = (torch.log_softmax(m(ids).logits[:, :-1].double(), -1) for m in (other, model))
     expected = (p.exp() * (p - q)).sum(-1).mean().item()
     assert expected > 1e-2
@@ -74,9 +58,9 @@ def test_kl_is_zero_to_itself_and_the_formula_to_another():
 
 def test_kl_of_a_wrapped_model_to_its_own_base():
     base = tiny_llama()
-    ids = torch.randint(0, 61, (2, 11))
+    ids = torch.randint(0, VOCAB, (2, 11))
     reference = tiny_llama()
-    model = get_peft_model(base, AsymGQAConfig(num_key_value_heads=2, task_type="CAUSAL_LM"))
+    model = wrap(base, GROUPS["llama"])
     own = kl_to_reference(model, model, [ids])
     assert own == pytest.approx(kl_to_reference(model, reference, [ids]), rel=1e-5)
     assert own > 1e-3
@@ -84,13 +68,11 @@ def test_kl_of_a_wrapped_model_to_its_own_base():
 
 def test_cache_bytes_equal_what_a_cache_holds():
     base = tiny_llama()
-    model = get_peft_model(
-        base, AsymGQAConfig(num_key_value_heads=2, head_groups=[[[0, 1, 3], [2]]] * 2, task_type="CAUSAL_LM")
-    ).eval()
+    model = wrap(base, GROUPS["llama"])
 
     def held(use) -> int:
         cache = DynamicCache(config=base.config)
-        use(torch.randint(0, 61, (1, 10)), past_key_values=cache)
+        use(torch.randint(0, VOCAB, (1, 10)), past_key_values=cache)
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 10
 
     assert kv_cache_bytes_per_token(model, torch.float32) == held(model)
@@ -100,14 +82,14 @@ def test_cache_bytes_equal_what_a_cache_holds():
             == held(model)
             == 2 * kv_cache_bytes_per_token(model, torch.float16)
         )
-    assert held(model) * 2 == kv_cache_bytes_per_token(tiny_llama().config, torch.float32)
+    assert held(model) * 3 == kv_cache_bytes_per_token(tiny_llama().config, torch.float32)
     plain = model.merge_and_unload()
     assert kv_cache_bytes_per_token(plain, torch.float32) == held(plain)
 
 
 def test_mode_is_restored_and_speed_is_positive():
     model = tiny_llama().train()
-    perplexity(model, [torch.randint(0, 61, (1, 4))])
+    perplexity(model, [torch.randint(0, VOCAB, (1, 4))])
     assert decode_speed(model, batch_size=1, context=4, new_tokens=2, repeats=1) > 0
     assert model.training
 
@@ -183,7 +165,7 @@ def test_labels_choose_what_kl_and_perplexity_count():
     model, other = tiny_llama(), tiny_llama()
     with torch.no_grad():
         other.lm_head.weight.mul_(1.7)
-    ids = torch.randint(0, 61, (2, 9))
+    ids = torch.randint(0, VOCAB, (2, 9))
     labels = ids.clone()
     labels[:, :5] = -100
     p, q = (torch.log_softmax(m(ids).logits[:, 4:-1].double(), -1) for m in (other, model))

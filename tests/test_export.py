@@ -436,7 +436,7 @@ def test_the_report_is_the_same_before_merging(name: str, tokens: int | None, du
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
-@pytest.mark.parametrize("name", ["llama", "llama-equal", "phi3-gqa", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "llama-equal", "llama-wide", "phi3-gqa", "gpt_neox"])
 @pytest.mark.filterwarnings("ignore:.*cannot express these groups")
 def test_prefill_operations_are_those_that_torch_counts(name: str, tokens: int):
     """Token by token, so that no operation is spent on a token that the causal mask hides."""

@@ -9,14 +9,14 @@ from functools import cache
 
 import pytest
 import torch
-from models import CASES, config_of, left_padded, prompt, random_model, wrap
+from models import CASES, adapter_config, config_of, left_padded, prompt, random_model, wrap
 from peft import get_peft_model
 from reference import dense_reference, greedy_alone, relative_error, rows_alone
 from test_statistics import SHAPES, assert_same, random_activations, random_output
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
-from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
+from asymgqa_peft import initialize_asymgqa_weights
 from asymgqa_peft.method.statistics import LayerStatistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -209,7 +209,7 @@ def test_an_initialisation_finds_what_the_cpu_finds(name: str):
     reports, logits = {}, {}
     for device in ("cpu", DEVICE):
         torch.manual_seed(0)
-        config = AsymGQAConfig(num_key_value_heads=3, r=8, task_type="CAUSAL_LM")
+        config = adapter_config(num_key_value_heads=3, r=8)
         model = get_peft_model(random_model(config_of(CASES[name])), config).eval().to(device)
         with torch.no_grad():
             before = model(prompt(4, 20, seed=9).to(device)).logits.cpu()

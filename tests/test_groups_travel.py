@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import BASES, GROUPS, LAYERS, adapter_config, logits, scramble, tiny_llama, wrap
+from models import BASES, GROUPS, LAYERS, adapter_config, logits, perturb, tiny_llama, wrap
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +21,7 @@ WIDTHS = {None: "narrow", 16: "wide"}
 def saved(request, family, tmp_path):
     """A saved adapter in groups that no wrap would choose, and its logits."""
     groups = GROUPS[family]
-    model = wrap(BASES[family](), adapter_config(groups, head_dim=request.param))
+    model = wrap(BASES[family](), groups, head_dim=request.param)
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter", logits(model)
 
@@ -30,7 +30,7 @@ def fresh(family: str, folder, **changes) -> PeftModel:
     """Another adapter of the same counts, in neighbouring groups, with other weights."""
     config = json.loads((folder / "adapter_config.json").read_text())
     model = get_peft_model(BASES[family](), adapter_config(head_dim=config["head_dim"], **changes)).eval()
-    scramble(model, seed=7)
+    perturb(model, seed=7)
     return model
 
 
@@ -51,11 +51,11 @@ def test_loading_into_an_existing_adapter_brings_the_groups_along(saved, family,
     folder, expected = saved
     model = fresh(family, folder)
     before = model.base_model.head_groups("default").to_lists()
-    assert before != [sorted(map(sorted, GROUPS[family]))] * LAYERS
+    assert before != GROUPS[family]
     assert not torch.allclose(logits(model), expected)
     load(model, folder)
     assert torch.equal(logits(model), expected)
-    assert model.peft_config["default"].head_groups == [GROUPS[family]] * LAYERS
+    assert model.peft_config["default"].head_groups == GROUPS[family]
 
 
 def test_a_strict_load_of_a_whole_state_dict_brings_the_groups_along(saved, family):
@@ -73,7 +73,7 @@ def test_from_pretrained_with_the_callers_own_config(saved, family):
     model = PeftModel.from_pretrained(BASES[family](), folder, config=config).eval()
     assert model.peft_config["default"] is config
     assert torch.equal(logits(model), expected)
-    assert config.head_groups == [GROUPS[family]] * LAYERS
+    assert config.head_groups == GROUPS[family]
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -86,7 +86,7 @@ def test_a_file_without_head_groups_in_its_configuration(saved, family, low_cpu_
 
 def test_transformers_own_load_adapter(saved, family):
     folder, expected = saved
-    for head_groups in ([GROUPS[family]] * LAYERS, None):
+    for head_groups in (GROUPS[family], None):
         edit(folder, head_groups=head_groups)
         base = BASES[family]()
         base.load_adapter(str(folder))
@@ -110,12 +110,13 @@ def test_the_next_save_says_the_groups_that_were_loaded(saved, family, tmp_path)
     model.save_pretrained(tmp_path / "again")
     again = PeftModel.from_pretrained(BASES[family](), tmp_path / "again").eval()
     assert torch.equal(logits(again), expected)
-    assert json.loads((tmp_path / "again/adapter_config.json").read_text())["head_groups"] == [GROUPS[family]] * LAYERS
+    assert json.loads((tmp_path / "again/adapter_config.json").read_text())["head_groups"] == GROUPS[family]
 
 
 def test_a_configuration_and_weights_that_contradict_each_other_are_refused(saved, family):
     folder, _ = saved
-    edit(folder, head_groups=[[sorted(sum(GROUPS[family], []))[:1], sorted(sum(GROUPS[family], []))[1:]]] * LAYERS)
+    num_heads = BASES[family]().config.num_key_value_heads
+    edit(folder, head_groups=[[[0], list(range(1, num_heads))]] * LAYERS)
     with pytest.raises(ValueError, match="configuration and of the weights contradict each other"):
         PeftModel.from_pretrained(BASES[family](), folder)
     base = BASES[family]()
@@ -134,13 +135,13 @@ def test_a_configuration_and_weights_that_contradict_each_other_are_refused(save
     ],
 )
 def test_damaged_groups_are_refused_before_anything_changes(tmp_path, damage, message):
-    wrap(tiny_llama(), adapter_config(GROUPS["llama"])).save_pretrained(tmp_path)
+    wrap(tiny_llama(), GROUPS["llama"]).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     name = next(name for name in reversed(sorted(tensors)) if ".lora_groups." in name)  # of the last layer
     tensors[name] = damage(tensors[name])
     save_file(tensors, file)
-    model = wrap(tiny_llama(), adapter_config())
+    model = wrap(tiny_llama())
     before, state = logits(model), {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         model.load_adapter(str(tmp_path), "default")
@@ -154,7 +155,7 @@ def test_damaged_groups_are_refused_before_anything_changes(tmp_path, damage, me
 @pytest.fixture
 def old_file(tmp_path):
     """An adapter as version 0.1 saved it, and its logits."""
-    model = wrap(tiny_llama(), adapter_config(GROUPS["llama"]))
+    model = wrap(tiny_llama(), GROUPS["llama"])
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file(
@@ -242,7 +243,7 @@ def test_no_warning_where_the_promise_is_kept(tmp_path, kept):
         ids = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(0))
         initialize_asymgqa_weights(model, ids.split(8), progress=False)
     if kept == "loaded":
-        set_peft_model_state_dict(model, get_peft_model_state_dict(wrap(tiny_llama(), adapter_config())))
+        set_peft_model_state_dict(model, get_peft_model_state_dict(wrap(tiny_llama())))
     with told() as messages:
         model.train()(torch.randint(0, 64, (2, 9)))
         model.save_pretrained(tmp_path)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASES, GROUPS, adapter_config, tiny_llama, wrap
 from hub_server import TOKEN, Hub, serving
 from huggingface_hub import ModelCard
+from models import BASES, GROUPS, adapter_config, tiny_llama, wrap
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, load_file
 from tokenizers import Tokenizer
@@ -193,7 +193,7 @@ def saved(tmp_path):
     """Folders of a base and of an adapter of it."""
     save_base(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    model = wrap(base, adapter_config(GROUPS["llama"]))
+    model = wrap(base, GROUPS["llama"])
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path
 
@@ -292,11 +292,12 @@ def test_recipe_stores_heads_twice_only_where_asked(saved, monkeypatch):
 
 @pytest.mark.parametrize("family", BASES)
 def test_adapter_card_states_the_groups_and_what_is_unknown(family):
-    model = wrap(BASES[family](), adapter_config(GROUPS[family]))
+    model = wrap(BASES[family](), GROUPS[family])
     conversion = Conversion.of(model)
     text = model_card(conversion, name="folder")
     assert f"| class | {type(model.get_base_model()).__name__} |" in text
-    assert f"layers 0-1: {' '.join('[' + ' '.join(map(str, g)) + ']' for g in GROUPS[family])}" in text
+    listed = {"llama": "layer 0: [0 2 3 5] [1 4]", "qwen2": "layer 1: [0 1 3] [2]", "phi": "layer 1: [1 2 3 4] [0 5]"}
+    assert listed[family] in text
     assert text.count("not stated") == 3 and "Not stated." in text
     assert ModelCard(text).data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}  # nothing invented
     layers = [layer.self_attn for layer in model.get_base_model().model.layers]
@@ -306,13 +307,25 @@ def test_adapter_card_states_the_groups_and_what_is_unknown(family):
     assert f"| KV cache, bytes per token (float32) | {before:,} | {after:,} |" in text
 
 
+def test_the_card_of_wide_heads_warns_of_other_converters():
+    """Only the merged model's: an adapter cannot be converted."""
+    warning = "A GGUF for llama.cpp must be made with `recipes/convert_gguf.py`"
+    base = tiny_llama()
+    wide = wrap(base, GROUPS["llama"], head_dim=2 * base.config.head_dim)
+    assert warning not in model_card(Conversion.of(wide), name="folder")
+    text = model_card(Conversion.of(wide.merge_and_unload()), name="folder")
+    assert warning in text[text.index("## Use") : text.index("## Groups")]
+    narrow = wrap(tiny_llama(), GROUPS["llama"]).merge_and_unload()
+    assert warning not in model_card(Conversion.of(narrow), name="folder")
+
+
 def test_card_tells_what_the_report_says_and_refuses_another_adapters():
-    model = wrap(tiny_llama(), adapter_config(num_key_value_heads=2))
+    model = wrap(tiny_llama())
     report = initialize_asymgqa_weights(model, [torch.arange(2, 50).view(4, 12)], progress=False)
     text = model_card(Conversion.of(model), name="folder", report=report, calibration_data="books")
     assert "Calibration data: books (48 tokens)" in text and "Cost of the groups: " in text
     assert all(note in text for note in report.notes)
-    other = Conversion.of(wrap(tiny_llama(), adapter_config([[0, 5], [1, 2, 3, 4]])))
+    other = Conversion.of(wrap(tiny_llama(), [[[0, 5], [1, 2, 3, 4]]] * 2))
     with pytest.raises(ValueError, match="head_groups are not the adapter's"):
         model_card(other, name="folder", report=report)
     with pytest.raises(ValueError, match="evaluation=.* must be rows"):
@@ -321,7 +334,7 @@ def test_card_tells_what_the_report_says_and_refuses_another_adapters():
 
 def test_saved_folders_keep_our_card_and_local_paths_stay_unpublished(tmp_path):
     save_base(tmp_path / "base")
-    model = wrap(LlamaForCausalLM.from_pretrained(tmp_path / "base"), adapter_config(GROUPS["llama"]))
+    model = wrap(LlamaForCausalLM.from_pretrained(tmp_path / "base"), GROUPS["llama"])
     with pytest.raises(ValueError, match="base_model='owner/name'"):
         save_adapter(model, None, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
@@ -337,7 +350,7 @@ def test_saved_folders_keep_our_card_and_local_paths_stay_unpublished(tmp_path):
 
 @pytest.mark.parametrize("family", BASES)
 def test_the_card_is_the_same_whether_facts_come_from_the_merged_model_or_from_configurations(family, tmp_path):
-    model = wrap(BASES[family](), adapter_config(GROUPS[family]))
+    model = wrap(BASES[family](), GROUPS[family])
     before = Conversion.of(model)
     config = model.peft_config["default"]
     plain = model.merge_and_unload()
@@ -352,7 +365,7 @@ def test_the_card_is_the_same_whether_facts_come_from_the_merged_model_or_from_c
 
 
 def test_saved_folders_are_whole_or_absent_and_never_mixed(tmp_path, monkeypatch):
-    model = wrap(tiny_llama(), adapter_config(GROUPS["llama"]))
+    model = wrap(tiny_llama(), GROUPS["llama"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model-00001-of-00002.safetensors").write_bytes(b"of another")
     (tmp_path / "empty").mkdir()
@@ -378,7 +391,7 @@ def test_saved_folders_are_whole_or_absent_and_never_mixed(tmp_path, monkeypatch
 
 
 def test_another_adapter_name_is_saved_where_loaders_look(tmp_path):
-    model = wrap(tiny_llama(), adapter_config(GROUPS["llama"]), adapter_name="other")
+    model = get_peft_model(tiny_llama(), adapter_config(GROUPS["llama"]), adapter_name="other")
     save_adapter(model, None, tmp_path / "adapter", base_model="them/base")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "README.md",

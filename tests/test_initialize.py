@@ -9,11 +9,11 @@ import json
 import pytest
 import torch
 import torch.multiprocessing as mp
-from models import CASES, config_of, left_padded, prompt, random_model
+from models import CASES, adapter_config, config_of, left_padded, prompt, random_model
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from asymgqa_peft import AsymGQAConfig, InitializationReport, initialize_asymgqa_weights
+from asymgqa_peft import InitializationReport, initialize_asymgqa_weights
 from asymgqa_peft.adapter.site import attention_sites, unwrap
 from asymgqa_peft.groups import HeadGroups
 from asymgqa_peft.heads import SharedShape
@@ -27,9 +27,9 @@ HELD_OUT = prompt(4, 20, seed=9)
 
 
 def wrapped(name: str = "llama", dtype: torch.dtype = torch.float32, **choices):
-    choices = {"num_key_value_heads": 3, "r": 8, "task_type": "CAUSAL_LM"} | choices
+    config = adapter_config(**{"num_key_value_heads": 3, "r": 8} | choices)
     torch.manual_seed(0)
-    return get_peft_model(random_model(config_of(CASES[name])).to(dtype), AsymGQAConfig(**choices)).eval()
+    return get_peft_model(random_model(config_of(CASES[name])).to(dtype), config).eval()
 
 
 def initialised(name: str = "llama", batches=None, **choices):
@@ -179,7 +179,7 @@ def test_second_call_starts_anew():
 
 def test_base_is_untouched_and_only_the_named_adapter_changes():
     model = wrapped()
-    model.add_adapter("other", AsymGQAConfig(num_key_value_heads=2, r=4, task_type="CAUSAL_LM"))
+    model.add_adapter("other", adapter_config())
     model.train()
     before = state_of(model)
     initialize_asymgqa_weights(model, IDS.split(8), adapter_name="other", progress=False)
@@ -297,6 +297,23 @@ def test_not_finite_weights_and_activations_name_the_layer(bad):
         model.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight[0, 0] = bad
     with pytest.raises(ValueError, match="layer 1: NaN or inf in the activations"):
         initialize_asymgqa_weights(model, IDS.split(8), progress=False)
+
+
+def test_interrupted_the_frequencies_of_wide_heads_are_as_before(monkeypatch):
+    def frequencies(model) -> list:
+        return [site.layout("default").shape.frequencies for site in attention_sites(model)]
+
+    model = wrapped(num_key_value_heads=3, head_dim=12)
+    before = frequencies(model)
+    finished = copy.deepcopy(model)
+    initialize_asymgqa_weights(finished, IDS.split(8), progress=False)
+    assert frequencies(finished) != before
+    state = state_of(model)
+    monkeypatch.setattr(OutputRefit, "low_rank", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        initialize_asymgqa_weights(model, IDS.split(8), progress=False)
+    assert frequencies(model) == before
+    assert_same_state(state, state_of(model))
 
 
 def initialised_state(model) -> tuple:

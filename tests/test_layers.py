@@ -9,12 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CASES, stock
+from models import CASES, adapter_config, stock
 from peft import get_peft_model
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from asymgqa_peft import AsymGQAConfig
 from asymgqa_peft.adapter.layer import (
     Geometry,
     HeadCountView,
@@ -195,8 +194,7 @@ def test_a_shared_linear_computes_in_its_inputs_dtype():
 @pytest.mark.parametrize("name", ["llama-bias", "qwen2-gqa", "phi3", "gpt_neox", "olmo2"])
 def test_before_any_initialisation_heads_are_the_means_of_their_groups(name: str):
     case, base = CASES[name], stock(name)
-    config = AsymGQAConfig(num_key_value_heads=case.num_groups, head_groups=case.groups, r=4, task_type="CAUSAL_LM")
-    model = get_peft_model(copy.deepcopy(base), config)
+    model = get_peft_model(copy.deepcopy(base), adapter_config(case.groups))
     for site, partition in zip(attention_sites(model), case.groups, strict=True):
         heads, weights = site.reader("default")(), site.weights()
         assert heads.partition == tuple(tuple(sorted(group)) for group in partition)

@@ -6,11 +6,11 @@ per rotary frequency (an invertible matrix where RoPE does not reach), values by
 
 import pytest
 import torch
-from models import CASES, config_of, prompt, random_model
+from models import CASES, adapter_config, config_of, prompt, random_model
 from peft import get_peft_model
 from torch import nn
 
-from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
+from asymgqa_peft import initialize_asymgqa_weights
 from asymgqa_peft.adapter.site import attention_sites
 from asymgqa_peft.families import find_family, head_shape
 
@@ -94,10 +94,8 @@ def secret(case):
 def convert(secret, case: str, **choices):
     base, reference = secret
     planted = PLANTED[case]
-    config = AsymGQAConfig(
-        num_key_value_heads=len(planted[0]), max_group_size=max(len(g) for layer in planted for g in layer),
-        r=4, task_type="CAUSAL_LM", **choices,
-    )  # fmt: skip
+    largest = max(len(group) for layer in planted for group in layer)
+    config = adapter_config(num_key_value_heads=len(planted[0]), max_group_size=largest, **choices)
     model = get_peft_model(base, config).eval()
     report = initialize_asymgqa_weights(model, prompt(16, 24).split(8), progress=False)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 from asymgqa_peft import plotting
 
 matplotlib = pytest.importorskip("matplotlib")
+Figure = pytest.importorskip("matplotlib.figure").Figure
 
 REPORT = SimpleNamespace(
     head_groups=[[[0, 2, 3, 5], [1, 4]], [[0], [1, 2, 3, 4, 5]]], costs=[0.25, 0.125], neighbour_costs=[0.5, 0.375]
@@ -49,6 +50,19 @@ def draw_losses(path):
 PLOTS = [draw_groups, draw_similarities, draw_quality, draw_losses]
 
 
+def texts(labels):
+    return [label.get_text() for label in labels]
+
+
+def curves(axes):
+    """Points of all lines by their names in the legend."""
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+
+
+def contents(paths):
+    return [path.read_bytes() for path in paths]
+
+
 def settings():
     """Matplotlib's, without the backend: to read it is to choose it."""
     return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
@@ -56,14 +70,15 @@ def settings():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures made, in order."""
-    figures, new_figure = [], plotting._new_figure
+    """The figures saved, in order."""
+    figures, savefig = [], Figure.savefig
 
-    def record(height):
-        figures.append(new_figure(height))
-        return figures[-1]
+    def record(figure, *args, **options):
+        if figure not in figures:  # once as PNG, once as SVG
+            figures.append(figure)
+        savefig(figure, *args, **options)
 
-    monkeypatch.setattr(plotting, "_new_figure", record)
+    monkeypatch.setattr(Figure, "savefig", record)
     return figures
 
 
@@ -77,29 +92,29 @@ def test_png_and_svg_are_written(draw, name, tmp_path):
 
 
 def test_other_suffixes_are_part_of_the_name(tmp_path):
-    assert [path.name for path in draw_quality(str(tmp_path / "qwen2.5"))] == ["qwen2.5.png", "qwen2.5.svg"]
+    written = draw_quality(str(tmp_path / "qwen2.5"))
+    assert written == [tmp_path / "qwen2.5.png", tmp_path / "qwen2.5.svg"]
 
 
 @pytest.mark.parametrize("draw", PLOTS)
 def test_same_input_same_bytes(draw, tmp_path):
-    first, second = draw(tmp_path / "a"), draw(tmp_path / "b")
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert contents(draw(tmp_path / "a")) == contents(draw(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("draw", PLOTS)
 def test_an_interrupt_leaves_the_former_picture(draw, tmp_path, monkeypatch):
-    former = [path.read_bytes() for path in draw(tmp_path / "picture")]
+    written = draw(tmp_path / "picture")
+    former = contents(written)
 
     def interrupted(figure, path, **options):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", interrupted)
+    monkeypatch.setattr(Figure, "savefig", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draw(tmp_path / "picture")
-    files = sorted(tmp_path.iterdir())
-    assert [path.name for path in files] == ["picture.png", "picture.svg"]
-    assert [path.read_bytes() for path in files] == former
+    assert sorted(tmp_path.iterdir()) == written
+    assert contents(written) == former
 
 
 @pytest.mark.parametrize("draw", PLOTS)
@@ -115,7 +130,7 @@ def test_groups_and_costs_are_drawn(drawn, tmp_path):
     draw_groups(tmp_path / "picture")
     sizes, costs = drawn[0].axes
     assert [bar.get_width() for bar in sizes.patches] == [4, 2, 5, 1]
-    assert [text.get_text() for text in sizes.texts] == ["4", "2", "5", "1"]
+    assert texts(sizes.texts) == ["4", "2", "5", "1"]
     offsets = {dots.get_label(): dots.get_offsets().tolist() for dots in costs.collections[1:]}
     assert offsets == {"neighbour groups": [[0.5, 0], [0.375, 1]], "chosen groups": [[0.25, 0], [0.125, 1]]}
 
@@ -125,17 +140,16 @@ def test_similarities_are_ordered_by_group(drawn, tmp_path):
     panel = drawn[0].axes[0]
     order = [0, 2, 3, 5, 1, 4]
     assert torch.equal(torch.tensor(panel.images[0].get_array()), SIMILARITIES[order][:, order].double())
-    assert [label.get_text() for label in panel.get_yticklabels()] == list(map(str, order))
+    assert texts(panel.get_yticklabels()) == list(map(str, order))
     assert [(frame.get_x(), frame.get_width()) for frame in panel.patches] == [(-0.5, 4), (3.5, 2)]
 
 
 def test_arms_are_drawn_in_order_of_size(drawn, tmp_path):
     draw_quality(tmp_path / "picture")
     axes = drawn[0].axes[0]
-    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert lines["neighbour"] == [[4096, 2670], [8192, 313]]
-    assert lines["base"] == [[16384, 38]]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["4", "8", "16"]
+    assert curves(axes)["neighbour"] == [[4096, 2670], [8192, 313]]
+    assert curves(axes)["base"] == [[16384, 38]]
+    assert texts(axes.get_xticklabels()) == ["4", "8", "16"]
     assert axes.get_yscale() == "log"
 
 
@@ -144,7 +158,7 @@ def test_labels_keep_apart_and_many_arms_are_named_below(drawn, tmp_path):
     points = [{"arm": f"arm {size}", "kv_bytes_per_token": size, "perplexity": 9.0} for size in sizes]
     plotting.plot_quality(points, tmp_path / "many")
     axes = drawn[0].axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.625", "", "1.25", "2", "8", "9", "16"]
+    assert texts(axes.get_xticklabels()) == ["0.625", "", "1.25", "2", "8", "9", "16"]
     assert axes.get_legend() is None and len(drawn[0].legends[0].get_texts()) == len(sizes)
     plotting.plot_quality(points[: plotting.INSIDE], tmp_path / "few")
     assert not drawn[1].legends and len(drawn[1].axes[0].get_legend().get_texts()) == plotting.INSIDE
@@ -157,7 +171,7 @@ def test_one_point_is_enough(tmp_path):
 
 def drawn_losses(figure):
     axes = figure.axes[0]
-    return axes.get_xlabel(), {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    return axes.get_xlabel(), curves(axes)
 
 
 def test_losses_are_drawn_over_tokens(drawn, tmp_path):
@@ -187,7 +201,7 @@ def test_a_loss_that_is_not_finite_leaves_a_gap(drawn, tmp_path):
     plotting.plot_losses({"SFT": [(1, 3.0), (2, float("nan")), (3, 2.0)]}, tmp_path / "picture")
     line = drawn[0].axes[0].lines[0]
     assert line.get_xdata().tolist() == [1, 2, 3]
-    assert [bool(loss == loss) for loss in line.get_ydata()] == [True, False, True]
+    assert torch.tensor(line.get_ydata()).isnan().tolist() == [False, True, False]
 
 
 def test_bad_input_names_the_remedy(tmp_path):

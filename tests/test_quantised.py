@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import GROUPS, adapter_config, logits, scramble, tiny_llama, tiny_phi
+from models import GROUPS, adapter_config, logits, perturb, tiny_llama, tiny_phi
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -13,7 +13,7 @@ from asymgqa_peft.adapter.site import attention_sites
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes: install the test extra")
 
-SIZES = {"hidden_size": 192, "intermediate_size": 64}  # multiples of the 64-element blocks of nf4
+SIZES = {"hidden_size": 192, "head_dim": 32, "intermediate_size": 64}  # multiples of the 64-element blocks of nf4
 
 
 def quantised(folder, **options):
@@ -79,7 +79,7 @@ def test_heads_start_as_the_mean_of_the_dequantised_ones(kind, folder, used_befo
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
     site = attention_sites(model)[0]
     weight = site.weights().value.unflatten(0, (-1, site.shape.head_dim))
-    expected = torch.cat([weight[group].mean(0) for group in GROUPS[kind]])
+    expected = torch.cat([weight[group].mean(0) for group in GROUPS[kind][0]])
     assert torch.allclose(layer.lora_kv["default"].weight, expected, atol=1e-6)
     fresh = dequantize_module_weight(quantised(folder).model.layers[0].self_attn.v_proj).view_as(weight)
     assert torch.allclose(weight, fresh, atol=5e-3 if used_before else 0)  # inference rounds to bf16
@@ -89,7 +89,7 @@ def test_heads_start_as_the_mean_of_the_dequantised_ones(kind, folder, used_befo
 
 def test_merging_is_refused_and_works_on_the_unquantised_base(kind, folder, tmp_path):
     model = get_peft_model(quantised(folder), adapter_config(GROUPS[kind])).eval()
-    scramble(model)
+    perturb(model)
     adapted, modules = logits(model), dict(model.named_modules())
     with pytest.raises(ValueError, match="quantised.*load the base in bf16, load the adapter onto it, and merge"):
         model.merge_and_unload()

@@ -33,11 +33,17 @@ def error(weight, inputs, targets) -> torch.Tensor:
     return (targets - inputs @ weight.T).square().sum()
 
 
+def gram(inputs) -> torch.Tensor:
+    """Z Z^T (H D, H D) of inputs Z^T (B, T, H D)."""
+    z = inputs.flatten(0, 1).T
+    return z @ z.T
+
+
 def test_change_is_the_ridge_solution():
     weight, inputs, targets = problem()
     z, y = inputs.flatten(0, 1).T, targets.flatten(0, 1).T
-    ridge = 1e-3 * (z @ z.T).diagonal().mean() * torch.eye(WIDTH).double()
-    solution = (y @ z.T + weight @ ridge) @ torch.linalg.inv(z @ z.T + ridge)
+    ridge = 1e-3 * gram(inputs).diagonal().mean() * torch.eye(WIDTH).double()
+    solution = (y @ z.T + weight @ ridge) @ torch.linalg.inv(gram(inputs) + ridge)
     torch.testing.assert_close(weight + fitted(weight, inputs, targets, damping=1e-3).change(), solution)
 
 
@@ -52,7 +58,7 @@ def test_never_raises_the_error_and_a_higher_rank_is_no_worse(seed, rank, scalin
     before, after = error(weight, inputs, targets), error(weight + change, inputs, targets)
     assert after < before
     torch.testing.assert_close(refit.objective(change) - refit.objective(0 * change), after - before)
-    ridge = refit.damping * refit._inputs.diagonal().mean()
+    ridge = refit.damping * gram(inputs).diagonal().mean()
     larger = scaling * torch.mm(*reversed(refit.low_rank(rank + 1, scaling)))
     penalised = [error(weight + x, inputs, targets) + ridge * x.square().sum() for x in (change, larger)]
     assert penalised[1] <= penalised[0] * (1 + 1e-9)
@@ -125,8 +131,8 @@ def test_subspace_iteration_finds_the_best_change_of_a_wide_layer():
     inputs = torch.randn(1, tokens, width, generator=generator, dtype=torch.float64) @ mix
     weight, other = torch.randn(2, width, width, generator=generator, dtype=torch.float64)
     refit = fitted(weight, inputs, inputs @ other.T)
-    ridge = refit.damping * refit._inputs.diagonal().mean() * torch.eye(width).double()
-    values, vectors = torch.linalg.eigh(refit._inputs + ridge)
+    ridge = refit.damping * gram(inputs).diagonal().mean() * torch.eye(width).double()
+    values, vectors = torch.linalg.eigh(gram(inputs) + ridge)
     root = vectors * values.sqrt() @ vectors.T
     left = torch.linalg.svd(refit.change() @ root)[0][:, :rank]
 

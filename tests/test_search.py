@@ -22,6 +22,19 @@ from asymgqa_peft.method.search import (
 )
 
 
+def pair_costs(cost, heads):
+    """Costs (K, K) of all ordered pairs."""
+    costs = torch.empty(heads, heads, dtype=torch.float64)
+    for i, j in itertools.product(range(heads), repeat=2):
+        costs[i, j] = cost((i, j))
+    return costs
+
+
+def canonical(groups):
+    """A partition as the search writes it: heads in order, groups in order."""
+    return tuple(sorted(tuple(sorted(group)) for group in groups))
+
+
 class RandomCosts:
     """An arbitrary set function: every group draws its own cost. Records what it was asked."""
 
@@ -39,7 +52,7 @@ class RandomCosts:
         return cost * (1 + self.noise * random.uniform(-1, 1))
 
     def pairs(self, heads):
-        return torch.tensor([[self.cost((i, j)) for j in range(heads)] for i in range(heads)], dtype=torch.float64)
+        return pair_costs(self.cost, heads)
 
 
 class HiddenSubspaces:
@@ -52,9 +65,8 @@ class HiddenSubspaces:
         generator = torch.Generator().manual_seed(seed)
         draw = {"generator": generator, "dtype": torch.float64}
         self.heads, self.dim, self.width = sum(sizes), dim, width or dim
-        order = torch.randperm(self.heads, generator=generator).tolist()
-        starts = itertools.accumulate(sizes, initial=0)
-        self.planted = tuple(sorted(tuple(sorted(order[s : s + n])) for s, n in zip(starts, sizes, strict=False)))
+        order = torch.randperm(self.heads, generator=generator)
+        self.planted = canonical(group.tolist() for group in order.split(list(sizes)))
         loadings = torch.zeros(self.heads * dim, len(sizes) * self.width, dtype=torch.float64)
         for index, group in enumerate(self.planted):
             hidden = slice(index * self.width, (index + 1) * self.width)
@@ -106,36 +118,48 @@ def brute_force(cost, heads, num_groups, least, greatest):
 def every_exchange(partition, least, greatest):
     """Every partition one swap or one move away, by trying all of them."""
     found = set()
-    heads = [head for group in partition for head in group]
-    for head, other in itertools.combinations(heads, 2):
-        swap = {head: other, other: head}
-        found.add(tuple(sorted(tuple(sorted(swap.get(h, h) for h in group)) for group in partition)))
-    for head, target in itertools.product(heads, range(len(partition))):
-        moved = [[h for h in group if h != head] for group in partition]
-        moved[target].append(head)
-        if all(least <= len(group) <= greatest for group in moved):
-            found.add(tuple(sorted(tuple(sorted(group)) for group in moved)))
+    group_of = {}
+    for index, group in enumerate(partition):
+        group_of |= dict.fromkeys(group, index)
+    for head, other in itertools.combinations(group_of, 2):
+        swapped = group_of | {head: group_of[other], other: group_of[head]}
+        found.add(in_groups(swapped, len(partition)))
+    for head, target in itertools.product(group_of, range(len(partition))):
+        moved = in_groups(group_of | {head: target}, len(partition))
+        sizes = list(map(len, moved))
+        if least <= min(sizes) and max(sizes) <= greatest:
+            found.add(moved)
     return sorted(found - {partition})
+
+
+def in_groups(group_of, num_groups):
+    """The partition of heads whose groups are told one by one."""
+    groups = [[] for _ in range(num_groups)]
+    for head, group in group_of.items():
+        groups[group].append(head)
+    return canonical(groups)
 
 
 def descend_by_trying(partition, total, space, tolerance):
     """The best exchange again and again until none improves; of tied ones, the first in order of groups."""
     while True:
-        reached = [(total(other), other) for other in every_exchange(partition, space.least, space.greatest)]
-        least = min((cost for cost, _ in reached), default=math.inf)
-        if least >= total(partition) - tolerance:
+        reached = {other: total(other) for other in every_exchange(partition, space.least, space.greatest)}
+        least, present = min(reached.values(), default=math.inf), total(partition)
+        if least >= present - tolerance:
             return partition
-        limit = min(least, total(partition)) + tolerance
-        partition = min(other for cost, other in reached if cost <= limit and cost < total(partition) - tolerance)
+        for other in sorted(reached):
+            if reached[other] <= least + tolerance and reached[other] < present - tolerance:
+                partition = other
+                break
 
 
 def assert_admissible(result, heads, num_groups, least, greatest):
     partition = result.partition
     assert len(partition) == num_groups
-    assert sorted(head for group in partition for head in group) == list(range(heads))
-    assert all(least <= len(group) <= greatest for group in partition)
-    assert all(list(group) == sorted(group) for group in partition)
-    assert list(partition) == sorted(partition)
+    assert sorted(itertools.chain(*partition)) == list(range(heads))
+    for group in partition:
+        assert least <= len(group) <= greatest
+    assert partition == canonical(partition)
 
 
 @st.composite
@@ -254,7 +278,7 @@ def test_descent_in_closed_form_equals_descent_by_trying_every_exchange(request,
     costs = RandomCosts(seed, levels)
     surrogate = PairSurrogate(costs.pairs(heads), heads)
     generator = random.Random(seed)
-    surrogate.calibrate(ExactCosts(costs), range(3, cap + 1), generator)  # an arbitrary weight for every size
+    surrogate.calibrate(ExactCosts(costs, 1000), range(3, cap + 1), 2, generator)  # an arbitrary weight for every size
     starts = [space.shuffled(generator) for _ in range(3)]
     ends = descend(space, starts, surrogate, 1e-9)
 
@@ -282,12 +306,14 @@ def test_exchanges_are_all_swaps_and_moves(request, seed):
     space = PartitionSpace.checked(*request)
     partition = space.shuffled(random.Random(seed))
     found = space.exchanges(partition)
-    assert sorted({tuple(sorted(exchange)) for exchange in found} - {partition}) == every_exchange(
-        partition, space.least, space.greatest
-    )
+    reached = set(map(canonical, found)) - {partition}
+    assert sorted(reached) == every_exchange(partition, space.least, space.greatest)
     for exchange in found:
-        changed = [(a, b) for a, b in zip(partition, exchange, strict=True) if a != b]
-        assert len(changed) == 2 and all(len(set(a) - set(b)) <= 1 for a, b in changed)
+        changed = 0
+        for before, after in zip(partition, exchange, strict=True):
+            changed += before != after
+            assert len(set(before) - set(after)) <= 1
+        assert changed == 2
 
 
 def test_pairs_tell_everything_about_a_mean():
@@ -302,8 +328,7 @@ def test_pairs_tell_everything_about_a_mean():
     def costs(groups):
         return torch.tensor([error(group) for group in groups], dtype=torch.float64)
 
-    pairs = torch.tensor([[error((i, j)) for j in range(10)] for i in range(10)])
-    found = search_partition(costs, 10, 4, 5, False, 0, pairs)
+    found = search_partition(costs, 10, 4, 5, False, 0, pair_costs(error, 10))
     assert found.cost == pytest.approx(brute_force(error, 10, 4, 1, 5), rel=1e-6)
 
 
@@ -330,7 +355,7 @@ def test_pairs_that_only_rank_are_calibrated():
     }
     assert len(results) == 1
     surrogate = PairSurrogate(costs.pairs(), 12)
-    surrogate.calibrate(ExactCosts(costs), range(2, 7), random.Random(0))
+    surrogate.calibrate(ExactCosts(costs, 1000), range(2, 7), 2, random.Random(0))
     assert surrogate([(0, 1)]) == [0.0] and surrogate([(0, 1, 2)])[0] > 0
 
 

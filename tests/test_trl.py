@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import BASES, GROUPS, adapter_config, logits, tiny_llama
 from datasets import Dataset
+from models import BASES, GROUPS, adapter_config, logits, tiny_llama
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
+from ..choices import check_width
 from ..config import AsymGQAConfig
 from ..families import Family
 from ..groups import HeadGroups, default_max_group_size
@@ -46,16 +48,17 @@ def largest_group(config: AsymGQAConfig, shape: HeadShape) -> int:
     return default_max_group_size(shape.num_attention_heads, shape.base_kv_heads, config.num_key_value_heads)
 
 
-def shared_shape(config: AsymGQAConfig, shape: HeadShape, family: Family, model_config) -> SharedShape:
-    """The shape of the shared heads that a configuration asks for.
+def shared_shape(
+    config: AsymGQAConfig, groups: HeadGroups, shape: HeadShape, family: Family, model_config
+) -> SharedShape:
+    """The shape of the shared heads that a configuration asks for, in the groups to wrap with.
 
     Raises:
         ValueError: for a width that the base, its class or the merge cannot have.
     """
-    width = config.head_dim
-    if width is None or width == shape.head_dim:
+    width, base_dim = config.head_dim, shape.head_dim
+    if width in (None, base_dim):
         return SharedShape.of_width(shape)
-    base_dim = shape.head_dim
     if width < base_dim:
         raise ValueError(
             f"head_dim={width} is less than the base's {base_dim}: narrower heads keep less than fewer ones of the "
@@ -64,21 +67,22 @@ def shared_shape(config: AsymGQAConfig, shape: HeadShape, family: Family, model_
     if width * shape.rotary_dim % (2 * base_dim):
         raise ValueError(
             f"head_dim={width} makes {width * shape.rotary_dim / base_dim:g} rotary dimensions, which RoPE takes in "
-            f"pairs: choose a multiple of {_least_step(shape)}."
+            f"pairs: choose a multiple of {2 * base_dim // math.gcd(shape.rotary_dim, 2 * base_dim)}."
         )
-    largest = largest_group(config, shape) * base_dim
+    largest = groups.max_group_size * base_dim
+    if config.grouping in ("symmetric", "asymmetric"):
+        # A search may find larger groups than those to wrap with.
+        largest = max(largest, largest_group(config, shape) * base_dim)
     if width > largest:
         raise ValueError(
             f"head_dim={width} exceeds the {largest} dimensions of the largest group, and would keep nothing more: "
             f"use {largest} or less, or fewer num_key_value_heads."
         )
-    if config.merge != "principal":
-        raise ValueError(
-            f"merge={config.merge!r} gives heads as wide as the base's, {base_dim}, because a mean has one basis: "
-            f'use merge="principal" for head_dim={width}, or leave head_dim unset.'
-        )
+    check_width(config.merge, width, base_dim)
     if reason := _refusal_of_width(shape, family, model_config):
-        raise ValueError(f"head_dim={width} cannot be had for this {model_config.model_type} model: {reason}.")
+        raise ValueError(
+            f"head_dim={width} cannot be had for this {model_config.model_type} model: {reason}. Leave head_dim unset."
+        )
     if config.num_key_value_heads * width >= shape.base_kv_heads * base_dim:
         warnings.warn(
             f"num_key_value_heads={config.num_key_value_heads} of head_dim={width} take as much cache as the base's "
@@ -86,14 +90,6 @@ def shared_shape(config: AsymGQAConfig, shape: HeadShape, family: Family, model_
             stacklevel=2,
         )
     return SharedShape.of_width(shape, width)
-
-
-def _least_step(shape: HeadShape) -> int:
-    """The least width whose rotary part is even."""
-    step = 1
-    while step * shape.rotary_dim % (2 * shape.head_dim):
-        step += 1
-    return step
 
 
 def _refusal_of_width(shape: HeadShape, family: Family, model_config) -> str | None:

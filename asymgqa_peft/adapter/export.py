@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..groups import SlotLayout
-from ..heads import SharedHeads
+from ..heads import SharedHeads, join_bias
 from .plan import ExportPlan
-from .site import AttentionSite, HeadWeights, attention_sites
+from .site import AttentionSite, attention_sites
 
 
 @torch.no_grad()
@@ -37,61 +37,38 @@ def export_plain_model(
 
 def _write_layer(site: AttentionSite, layout: SlotLayout, shared: SharedHeads, plan: ExportPlan) -> None:
     query = _fitted_queries(site, layout, shared, plan)
+    source = list(layout.kv_source)
     if site.query_norm is not None:
-        query = _spread_query_norm(site, query, layout)
-        stored = shared.key_norm[list(layout.kv_source)]
-        _set_parameter(site.key_norm, "weight", stored.flatten())
-    key = _stored(shared.key, shared.key_bias, layout)
-    value = _stored(shared.value, shared.value_bias, layout)
+        # A norm over all slots is to act as the base's over H heads, but empty slots thin out the mean square. With
+        # queries scaled by sqrt(slots / H) it is the base's, epsilon's share too; the norm's scale takes that back.
+        factor = math.sqrt(layout.num_slots / site.shape.num_attention_heads)
+        query = query * factor
+        scale = site.query_norm.weight.detach().double().unflatten(0, (-1, site.shape.head_dim)) / factor
+        slots = scale.new_zeros(layout.num_slots, site.shape.head_dim)
+        slots[list(layout.slot_of_head)] = scale
+        _set_weight(site.query_norm, slots.flatten())
+        _set_weight(site.key_norm, shared.key_norm[source].flatten())
+    key = join_bias(shared.key, shared.key_bias)[source].double()
+    value = join_bias(shared.value, shared.value_bias)[source].double()
     unfuse = plan.stand_in is not None and plan.stand_in.unfuses
     site.replace_projections(query, key, value, _mixed_outputs(site, layout, shared), unfuse)
 
 
-def _stored(weight: Tensor, bias: Tensor | None, layout: SlotLayout) -> HeadWeights:
-    source = list(layout.kv_source)
-    return weight[source].double(), None if bias is None else bias[source].double()
-
-
-def _fitted_queries(site: AttentionSite, layout: SlotLayout, shared: SharedHeads, plan: ExportPlan) -> HeadWeights:
-    """Query weight (slots, W, E) and bias (slots, W), fitted to the shared heads; zero in empty slots."""
-    weight, bias = site.query_heads()
-    # A bias is one more column: it follows every change of basis.
-    columns = weight if bias is None else torch.cat((weight, bias[..., None]), dim=-1)
-    slots = columns.new_zeros(layout.num_slots, shared.shape.head_dim, columns.shape[-1], dtype=torch.float64)
+def _fitted_queries(site: AttentionSite, layout: SlotLayout, shared: SharedHeads, plan: ExportPlan) -> Tensor:
+    """Queries (slots, W, E), with a bias (slots, W, E + 1), fitted to the shared heads; zero in empty slots."""
+    weights, shape = site.weights(), shared.shape
+    heads = join_bias(weights.query, weights.query_bias).unflatten(0, (-1, site.shape.head_dim))
+    slots = heads.new_zeros(layout.num_slots, shape.head_dim, heads.shape[-1], dtype=torch.float64)
     for head, slot in enumerate(layout.slot_of_head):
-        slots[slot] = _fitted_query(columns[head].double(), shared, head, plan)
-    if bias is None:
-        return slots, None
-    return slots[..., :-1], slots[..., -1]
-
-
-def _fitted_query(columns: Tensor, shared: SharedHeads, head: int, plan: ExportPlan) -> Tensor:
-    """(D, C) -> (W, C) of one query head: gains on rotary pairs, the mix on the rest, and the plain model's scales."""
-    shape = shared.shape
-    rotary, rest = columns.split([shape.base.rotary_dim, shape.base.pass_dim])
-    pairs = torch.complex(*rotary.chunk(2))[list(shape.frequencies)]
-    if shared.query_gain is not None:
-        pairs = pairs * shared.query_gain[head][:, None]
-    rotary = torch.cat((pairs.real, pairs.imag)) * plan.rotary_scale
-    if shared.query_mix is not None:
-        rest = shared.query_mix[head] @ rest
-    return torch.cat((rotary, rest)) * plan.query_scale
-
-
-def _spread_query_norm(site: AttentionSite, query: HeadWeights, layout: SlotLayout) -> HeadWeights:
-    """Let a norm over all slots act as the base's over H heads: empty slots thin out the mean square.
-
-    With queries scaled by sqrt(slots / H) the mean square, and so epsilon's share, is the base's; the norm's scale
-    takes the factor back.
-    """
-    norm = site.query_norm
-    factor = math.sqrt(layout.num_slots / site.shape.num_attention_heads)
-    scale = norm.weight.detach().double().unflatten(0, (-1, site.shape.head_dim)) / factor
-    slots = scale.new_zeros(layout.num_slots, site.shape.head_dim)
-    slots[list(layout.slot_of_head)] = scale
-    _set_parameter(norm, "weight", slots.flatten())
-    weight, bias = query
-    return weight * factor, None if bias is None else bias * factor
+        rotary, rest = heads[head].double().split([shape.base.rotary_dim, shape.base.pass_dim])
+        pairs = torch.complex(*rotary.chunk(2))[list(shape.frequencies)]
+        if shared.query_gain is not None:
+            pairs = pairs * shared.query_gain[head][:, None]
+        if shared.query_mix is not None:
+            rest = shared.query_mix[head] @ rest
+        rotary = torch.cat((pairs.real, pairs.imag)) * plan.rotary_scale
+        slots[slot] = torch.cat((rotary, rest)) * plan.query_scale
+    return slots
 
 
 def _mixed_outputs(site: AttentionSite, layout: SlotLayout, shared: SharedHeads) -> Tensor:
@@ -107,14 +84,12 @@ def _mixed_outputs(site: AttentionSite, layout: SlotLayout, shared: SharedHeads)
     return slots.flatten(1)
 
 
-def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    setattr(module, name, nn.Parameter(value.to(getattr(module, name))))
+def _set_weight(module: nn.Module, weight: Tensor) -> None:
+    module.weight = nn.Parameter(weight.to(module.weight))
 
 
 def _as_stock_model(model: PreTrainedModel, plan: ExportPlan) -> PreTrainedModel:
     """A fresh instance of the stock class that takes over the tensors: strict loading proves names and shapes."""
-    # Unloading a head that was trained on its own (modules_to_save) unties it, after the plan was made.
-    plan.plain.config.tie_word_embeddings = model.config.tie_word_embeddings
     with init_empty_weights(include_buffers=False):
         plain = plan.plain.model_class(plan.plain.config)
     plain.load_state_dict(_renamed(model.state_dict(), plan), strict=True, assign=True)

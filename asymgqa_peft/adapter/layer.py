@@ -1,8 +1,7 @@
 """Tuner layers for shared K/V heads, and the hooks that fit query heads to them.
 
-Axes: B batch, T positions, E hidden size, H query heads and K KV heads of the base, D head dimension, G shared heads
-of W dimensions, p query slots per shared head. A `SharedKey` and a `SharedValue` stand where k_proj and v_proj stood
-(`SharedQKV` where the base fuses them) and keep the originals.
+A `SharedKey` and a `SharedValue` stand where k_proj and v_proj stood (`SharedQKV` where the base fuses them) and keep
+the originals. Axes as in `slots`.
 
 An adapter in effect shows the attention one of two shapes, which compute the same:
 
@@ -53,6 +52,8 @@ class SharedLayer(nn.Module, BaseTunerLayer):
         self.shape = shape
         self.family = family
         self.merged_adapters: list[str] = []
+        # In a list, which does not make it a child; a deep copy's list holds the copy's layer.
+        self._keys: list[SharedProjection] = []
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
 
@@ -69,6 +70,24 @@ class SharedLayer(nn.Module, BaseTunerLayer):
     def adapters(self) -> nn.ModuleDict:
         """Adapter names (keys) this layer holds."""
         return getattr(self, self.adapter_layer_names[0])
+
+    def follow(self, keys: SharedProjection) -> None:
+        """Say which layer makes the keys; it holds the groups."""
+        self._keys = [keys]
+
+    @property
+    def keys(self) -> SharedProjection:
+        """The layer that makes the keys."""
+        return self._keys[0] if self._keys else self
+
+    def layout(self, adapter_name: str) -> HeadLayout:
+        """The adapter's groups."""
+        return self.keys.lora_groups[adapter_name]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the attention is to see each query head's own K and V, not the shared heads."""
+        return self.keys.training or not self.family.grouped
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Mark the adapter as merged: shared heads replace the base's, there is no sum to fold."""
@@ -151,25 +170,29 @@ class SharedProjection(SharedLayer):
             del self.lora_groups[adapter_name]
         super().delete_adapter(adapter_name)
 
-    def shared_heads(self, adapter_name: str, x: Tensor) -> list[Tensor]:
-        """(B, T, E) -> shared heads (B, T, G, W) of each part."""
-        projection = self.lora_kv[adapter_name]
-        heads = projection(x).unflatten(-1, (len(self.parts), self.num_groups(adapter_name), -1))
-        # Not unbind: OLMo clamps what it gets in place, which autograd forbids for one of several views.
-        return [heads.select(-3, index) for index in range(len(self.parts))]
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, E) -> keys or values of the heads that the attention sees, (B, T, heads * dimensions)."""
+        name = self.active()
+        if name is None:
+            return self.base_layer(x)
+        (heads,) = self.heads_seen(name, x)
+        return heads.flatten(-2)
 
-    def num_groups(self, adapter_name: str) -> int:
-        """G."""
-        return len(self.layout(adapter_name).partition)
-
-    def layout(self, adapter_name: str) -> HeadLayout:
-        """The adapter's groups."""
-        return self.lora_groups[adapter_name]
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the attention is to see each query head's own K and V, not the shared heads."""
-        return self.training or not self.family.grouped
+    def heads_seen(self, adapter_name: str, x: Tensor) -> list[Tensor]:
+        """(B, T, E) -> for each part the shared heads (B, T, G, W), or what they decode to (B, T, H, D)."""
+        groups = len(self.layout(adapter_name).partition)
+        shared = self.lora_kv[adapter_name](x).unflatten(-1, (len(self.parts), groups, -1))
+        seen = []
+        for index, part in enumerate(self.parts):
+            # Not unbind: OLMo clamps what it gets in place, which autograd forbids for one of several views.
+            heads = shared.select(-3, index)
+            if self.decodes and part == "value":
+                heads = self.decode_values(adapter_name, heads)
+            elif self.decodes and not self.family.key_norm:
+                # A norm over all shared keys must not see some of them several times: it decodes what it returns.
+                heads = self.decode_keys(adapter_name, heads)
+            seen.append(heads)
+        return seen
 
     def decode_keys(self, adapter_name: str, shared: Tensor) -> Tensor:
         """Shared keys (B, T, G, W) -> each query head's own, (B, T, H, D)."""
@@ -227,10 +250,8 @@ class SharedProjection(SharedLayer):
         elif self.decodes:
             geometry = Geometry(shape.num_attention_heads, shape.num_attention_heads, shape.head_dim, shape.rotary_dim)
         else:
-            layout = self.layout(name)
-            geometry = Geometry(
-                layout.slots.num_slots, layout.slots.kv_heads, layout.shape.head_dim, layout.shape.rotary_dim
-            )
+            slots, shared = self.layout(name).slots, self.layout(name).shape
+            geometry = Geometry(slots.num_slots, slots.kv_heads, shared.head_dim, shared.rotary_dim)
         write_geometry(attention, self.family, geometry)
         if geometry.rotary_dim == shape.rotary_dim:
             return None
@@ -243,52 +264,11 @@ class SharedKey(SharedProjection):
 
     parts = ("key",)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, E) -> keys of the heads that the attention sees, (B, T, heads * dimensions)."""
-        name = self.active()
-        if name is None:
-            return self.base_layer(x)
-        (heads,) = self.shared_heads(name, x)
-        # A norm over all shared keys must not see some of them several times: it decodes what it returns.
-        if self.decodes and not self.family.key_norm:
-            heads = self.decode_keys(name, heads)
-        return heads.flatten(-2)
 
-
-class FollowsKeys:
-    """A layer that takes the groups from the layer that makes the keys, the one that holds them."""
-
-    # In a list, which does not make it a child; a deep copy's list holds the copy's layer.
-    _keys: list[SharedProjection]
-
-    def follow(self, keys: SharedProjection) -> None:
-        """Say which layer makes the keys."""
-        self._keys = [keys]
-
-    def layout(self, adapter_name: str) -> HeadLayout:
-        """The adapter's groups."""
-        return self._keys[0].layout(adapter_name)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the attention is to see each query head's own K and V, not the shared heads."""
-        return self._keys[0].decodes
-
-
-class SharedValue(FollowsKeys, SharedProjection):
+class SharedValue(SharedProjection):
     """Shared values in place of v_proj."""
 
     parts = ("value",)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, E) -> values of the heads that the attention sees, (B, T, heads * dimensions)."""
-        name = self.active()
-        if name is None:
-            return self.base_layer(x)
-        (heads,) = self.shared_heads(name, x)
-        if self.decodes:
-            heads = self.decode_values(name, heads)
-        return heads.flatten(-2)
 
 
 class SharedQKV(SharedProjection):
@@ -305,15 +285,12 @@ class SharedQKV(SharedProjection):
         heads_axis = fused.dim() - 1
         heads = fused.unflatten(-1, (-1, self.shape.head_dim))
         query, _, _ = self.family.split_fused(heads, self.shape, heads_axis)
-        keys, values = self.shared_heads(name, x)
-        if self.decodes:
-            keys, values = self.decode_keys(name, keys), self.decode_values(name, values)
-        else:
+        if not self.decodes:
             query = self.fit_queries(name, query)
-        return self.family.join_fused(query, keys, values, heads_axis).flatten(-2)
+        return self.family.join_fused(query, *self.heads_seen(name, x), heads_axis).flatten(-2)
 
 
-class SharedKeyNorm(FollowsKeys, SharedLayer):
+class SharedKeyNorm(SharedLayer):
     """A key norm over G shared heads, in place of one that spans the base's K heads (OLMo-2)."""
 
     adapter_layer_names = ("lora_norm",)
@@ -335,19 +312,12 @@ class SharedKeyNorm(FollowsKeys, SharedLayer):
         if not self.decodes:
             return keys
         shared = keys.unflatten(-1, (len(self.layout(name).partition), -1))
-        return self._keys[0].decode_keys(name, shared).flatten(-2)
+        return self.keys.decode_keys(name, shared).flatten(-2)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What heads an attention module sees.
-
-    Attributes:
-        slots: query heads or slots.
-        kv_heads: K/V heads.
-        head_dim: dimensions of each.
-        rotary_dim: how many of them RoPE rotates.
-    """
+    """What heads an attention module sees: query heads or slots, K/V heads, their dimensions, those RoPE rotates."""
 
     slots: int
     kv_heads: int
@@ -390,8 +360,9 @@ def with_head_count(config, num_attention_heads: int):
     """`config`, seen with `num_attention_heads` heads (the object itself where that is its own number)."""
     if config.num_attention_heads == num_attention_heads:
         return config
-    config = config.config if isinstance(config, HeadCountView) else config
-    return config if config.num_attention_heads == num_attention_heads else HeadCountView(config, num_attention_heads)
+    if isinstance(config, HeadCountView):
+        return with_head_count(config.config, num_attention_heads)
+    return HeadCountView(config, num_attention_heads)
 
 
 def base_weight(module: nn.Module) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from peft import PeftType
+from peft import PeftType, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import register_peft_method
@@ -26,6 +27,7 @@ from .export import export_plain_model
 from .layer import SharedLayer, SharedProjection
 from .plan import ExportPlan, plan_export
 from .site import attention_sites
+from .slots import HeadLayout
 
 
 class AsymGQAModel(LoraModel):
@@ -52,8 +54,8 @@ class AsymGQAModel(LoraModel):
         check_not_sharded(self.model)
         site = self.sites[0]
         self._site_of = {name: site for site in self.sites for name in site.shared_names}
-        self._shape = shared_shape(peft_config, site.shape, site.family, self.model.config)
         self._groups = initial_groups(peft_config, site.shape, len(self.sites))
+        self._shape = shared_shape(peft_config, self._groups, site.shape, site.family, self.model.config)
         check_modules_to_save(peft_config, self._site_of)
         self._resolve_targets(peft_config)
         return peft_config
@@ -64,6 +66,10 @@ class AsymGQAModel(LoraModel):
             resolved = replace(peft_config)
             _maybe_include_all_linear_layers(resolved, self.model)
             targets = set(resolved.target_modules) - self._site_of.keys()
+            if peft_config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+                # PEFT trains the heads of these tasks whole, and fails on a head that LoRA wraps.
+                decoder = set(self.model.base_model.modules())
+                targets = {name for name in targets if self.model.get_submodule(name) in decoder}
             peft_config.target_modules = _short_names(targets, self.model)
             return
         for name in self._site_of:
@@ -101,6 +107,8 @@ class AsymGQAModel(LoraModel):
         for site in self.sites:
             site.install_hooks()
             site.start(adapter_name)
+        # generate() may allocate a static cache before the first forward, and would ask the base's configuration.
+        self.model._get_static_cache_init_shape = _unknown_cache_shape
         config = self.peft_config[adapter_name]
         if config.initialized is None:
             # Until a file that is loaded, or an initialisation, says otherwise.
@@ -120,7 +128,7 @@ class AsymGQAModel(LoraModel):
 
     def head_groups(self, adapter_name: str) -> HeadGroups:
         """The groups of an adapter in all layers."""
-        layers = tuple(site.partition(adapter_name) for site in self.sites)
+        layers = tuple(site.layout(adapter_name).partition for site in self.sites)
         return HeadGroups(layers, self.sites[0].shape.base_kv_heads)
 
     def record_head_groups(self, adapter_name: str) -> None:
@@ -128,7 +136,7 @@ class AsymGQAModel(LoraModel):
         config = self.peft_config[adapter_name]
         config.head_groups = self.head_groups(adapter_name).to_lists()
         for site in self.sites:
-            site.key.layout(adapter_name).declared = False
+            site.layout(adapter_name).declared = False
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -144,15 +152,20 @@ class AsymGQAModel(LoraModel):
         if not is_sharded(self):
             given = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
             check_adapter_tensors(given, self._own_tensors(prefix), self._declared_adapters())
+        turns = defaultdict(set)
+        for at, layout in self._layouts(prefix):
+            frequencies = state_dict.get(at + "frequencies")
+            _, shape = layout.checked(state_dict.get(at + "index"), frequencies)
+            if frequencies is not None:
+                turns[at.split(".")[-2]].add(shape.frequencies)
+        for found in turns.values():
+            if len(found) > 1:
+                raise ValueError(
+                    f"rotary frequencies in the weights differ between layers, {sorted(found)}, where a stock model "
+                    "has one rotary embedding. The file is damaged: take it anew from where it was saved."
+                )
         self._loading = set()
         for adapter_name in self.peft_config:
-            for site in self.sites:
-                layout = site.key.layout(adapter_name)
-                at = f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}."
-                if at + "index" in state_dict:
-                    layout.checked_partition(state_dict[at + "index"])
-                if at + "frequencies" in state_dict:
-                    layout.checked_frequencies(state_dict[at + "frequencies"])
             if any(f".{adapter_name}." in key for key in state_dict):
                 self._loading.add(adapter_name)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -168,12 +181,15 @@ class AsymGQAModel(LoraModel):
 
     def _own_tensors(self, prefix: str) -> dict[str, Tensor]:
         own = {prefix + name: parameter for name, parameter in self.named_parameters(remove_duplicate=False)}
+        for at, layout in self._layouts(prefix):
+            own |= layout.state_dict(prefix=at)
+        return own
+
+    def _layouts(self, prefix: str) -> Iterator[tuple[str, HeadLayout]]:
+        """The groups of all layers and adapters, with their names in a state dict."""
         for site in self.sites:
             for adapter_name, layout in site.key.lora_groups.items():
-                for name in layout.state_dict():
-                    key = f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}.{name}"
-                    own[key] = layout.get_buffer(name)
-        return own
+                yield f"{prefix}model.{site.shared_names[0]}.lora_groups.{adapter_name}.", layout
 
     def _declared_adapters(self) -> list[str]:
         """Adapters whose groups stand in their configuration, no file having been loaded yet."""
@@ -236,20 +252,15 @@ class AsymGQAModel(LoraModel):
             ValueError: for several adapters, a quantised base, or groups that no stock class holds; nothing has
                 changed then.
         """
-        return self._unload_and_optionally_merge(
-            progressbar=progressbar,
-            safe_merge=safe_merge,
-            adapter_names=adapter_names,
-            duplicate_kv_heads=duplicate_kv_heads,
-            cached_tokens=cached_tokens,
-        )
+        layout = {"duplicate_kv_heads": duplicate_kv_heads, "cached_tokens": cached_tokens}
+        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, **layout)
 
     def plan_export(
         self, adapter_name: str, *, duplicate_kv_heads: bool = False, cached_tokens: int | None = None
     ) -> ExportPlan:
         """What `merge_and_unload` would make of an adapter; arguments and errors are the same, nothing is changed."""
         config, groups = self.peft_config[adapter_name], self.head_groups(adapter_name)
-        heads = self.sites[0].shared_shape(adapter_name)
+        heads = self.sites[0].layout(adapter_name).shape
         return plan_export(self.model, config, groups, heads, duplicate_kv_heads, cached_tokens)
 
     def _unload_and_optionally_merge(
@@ -286,8 +297,11 @@ class AsymGQAModel(LoraModel):
 
     def _check_finite(self, adapter_name: str) -> None:
         # Of all tensors beforehand: PEFT looks layer by layer, and leaves a half-merged model where it stops.
-        named = [(name, p) for name, p in self.model.named_parameters() if adapter_name in name.split(".")]
-        if broken := [name for name, parameter in named if not parameter.isfinite().all()]:
+        broken = []
+        for name, parameter in self.model.named_parameters():
+            if adapter_name in name.split(".") and not parameter.isfinite().all():
+                broken.append(name)
+        if broken:
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {broken}."
             )
@@ -298,8 +312,11 @@ class AsymGQAModel(LoraModel):
             raise ValueError(f"adapter_names={names!r}: attention has one set of K/V heads, merge one adapter.")
         if names[0] not in self.peft_config:
             raise ValueError(f"adapter_names={names!r}: unknown, the model holds {list(self.peft_config)}.")
-        layers = [module for module in self.model.modules() if isinstance(module, SharedLayer)]
-        if others := {name for layer in layers for name in layer.merged_adapters} - {names[0]}:
+        merged = set()
+        for module in self.model.modules():
+            if isinstance(module, SharedLayer):
+                merged.update(module.merged_adapters)
+        if others := merged - {names[0]}:
             raise ValueError(f"adapter_names={names!r}: {sorted(others)} is merged already, call unmerge_adapter().")
         return names[0]
 
@@ -311,7 +328,12 @@ def _short_names(targets: set[str], model: nn.Module) -> set[str]:
     return targets if any(name.rpartition(".")[2] in short for name in others) else short
 
 
+def _unknown_cache_shape() -> None:
+    """What transformers takes to allocate a static cache at its first use, from the keys that it gets."""
+
+
 def _remove_hooks(model: nn.Module) -> None:
+    vars(model).pop("_get_static_cache_init_shape", None)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ..config import AsymGQAConfig
-from ..families import Family, StandIn, find_family, head_shape
+from ..families import Family, StandIn, find_family
 from ..groups import HeadGroups, SlotLayout, slot_layout
 from ..heads import HeadShape, SharedShape
-from .rope import rope_of, wide_config
+from .rope import wide_config
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,6 @@ class StockModel:
 
     model_class: type[PreTrainedModel]
     config: PretrainedConfig
-
-
-Choice = tuple[StockModel, tuple[SlotLayout, ...]]
-Candidate = tuple[type[PreTrainedModel], type[PretrainedConfig], int, dict]
 
 
 @dataclass(frozen=True)
@@ -99,10 +96,7 @@ def plan_export(
         adapter: configuration of the adapter.
         groups: of the base's KV heads.
         heads: shape of the shared heads.
-        duplicate_kv_heads: store the K/V head of a large group more than once where fewer slots per K/V head then
-            save more bytes of parameters than the further K/V heads add to parameters and cache.
-        cached_tokens: tokens in the cache, over all sequences, for that comparison; default is one sequence of the
-            configuration's `max_position_embeddings`.
+        duplicate_kv_heads, cached_tokens: as for `merge_and_unload`.
 
     Raises:
         ValueError: for a quantised base, or where no stock class can hold the groups; with the remedy.
@@ -117,19 +111,51 @@ def plan_export(
     if cached_tokens < 0:
         raise ValueError(f"cached_tokens={cached_tokens} must not be negative: give the tokens that the cache holds.")
     base = StockModel(type(model), copy.deepcopy(model.config))
-    if heads.head_dim == heads.base.head_dim:
-        (plain, layouts), other = _choose(base, groups, duplicate_kv_heads, cached_tokens)
-        wide = {}
+    family, other, scales = find_family(base.config), None, {}
+    is_wide = heads.head_dim != heads.base.head_dim
+    stand_in = family.padded_as
+    if is_wide and family.wide_as:
+        stand_in = family.wide_as
+    if stand_in and not (stand_in.can_replace(base.config) and _classes_of(base, stand_in)[0]):
+        stand_in = None
+    if is_wide:
+        config, rotary_scale = wide_config(base.config, heads, family)
+        shape = replace(heads.base, head_dim=heads.head_dim, rotary_dim=heads.rotary_dim)
+        planner = _Planner(replace(base, config=config), groups, family, shape, stand_in, is_wide=True)
+        chosen = planner.stored_once()
+        scales = {"rotary_scale": rotary_scale}
+        rope = chosen.plain.config.rope_parameters
+        if chosen.stand_in and rope["short_factor"] != rope["long_factor"]:
+            warnings.warn(
+                f"{base.model_class.__name__} recomputes its cache when generation passes "
+                f"{rope['original_max_position_embeddings']} tokens, where its rotary frequencies change; "
+                f"{chosen.plain.model_class.__name__} does not. Let no sequence pass that limit on a cache begun "
+                "below it, or leave head_dim unset.",
+                stacklevel=5,  # who called merge_and_unload
+            )
+        if not family.scale_in_config:
+            # The stock class divides scores by sqrt(W), the base by sqrt(D).
+            scales["query_scale"] = math.sqrt(heads.head_dim / heads.base.head_dim)
     else:
-        (plain, layouts), wide = _choose_wide(base, groups, heads)
-        other = None
+        planner = _Planner(base, groups, family, heads.base, stand_in)
+        chosen, other = planner.choose(duplicate_kv_heads, cached_tokens)
     if not _has_tied_head(model):
-        for stock in (plain, other):
+        for stock in (chosen.plain, other):
             if stock is not None:
                 stock.config.tie_word_embeddings = False
     adapter = copy.deepcopy(adapter)
     adapter.head_groups = groups.to_lists()
-    return ExportPlan(adapter, groups, plain, base, other, layouts, cached_tokens, **wide)
+    return ExportPlan(
+        adapter=adapter,
+        groups=groups,
+        plain=chosen.plain,
+        base=base,
+        other=other,
+        layouts=chosen.layouts,
+        cached_tokens=cached_tokens,
+        stand_in=chosen.stand_in,
+        **scales,
+    )
 
 
 def _has_tied_head(model: PreTrainedModel) -> bool:
@@ -141,183 +167,192 @@ def _has_tied_head(model: PreTrainedModel) -> bool:
     return head.data_ptr() == embeddings.data_ptr()  # PEFT's rule, by which it writes the merged configuration
 
 
-def _choose(
-    base: StockModel, groups: HeadGroups, duplicate_kv_heads: bool, cached_tokens: int
-) -> tuple[Choice, StockModel | None]:
-    """The layout to write, and the other one of unequal groups where there is one."""
-    family, shape = find_family(base.config), head_shape(base.config)
-    if not family.grouped or not family.explicit_head_dim:
-        return _plan_fixed_slots(base, groups, family, shape), None
-    duplicated = _plan_duplicated(base, groups, family, shape, cached_tokens)
-    try:
-        once = _first_accepted(_stored_once(base, groups, family, shape), base, groups, shape)
-    except ValueError:
-        if not (duplicate_kv_heads and duplicated):
-            raise
-        return duplicated, None
-    taken, other = once, duplicated
-    if duplicate_kv_heads and duplicated:
-        taken, other = sorted((once, duplicated), key=lambda choice: _bytes(choice[1], shape, cached_tokens))
-    if other is None:
-        return taken, None
-    return taken, other[0]
+class _Choice(NamedTuple):
+    """A stock model that holds the groups, and how."""
+
+    plain: StockModel
+    layouts: tuple[SlotLayout, ...]
+    stand_in: StandIn | None = None
 
 
-def _choose_wide(base: StockModel, groups: HeadGroups, heads: SharedShape) -> tuple[Choice, dict[str, object]]:
-    """The layout of heads wider than the base's, in a class that says a head_dim, and what else `ExportPlan` needs."""
-    family = find_family(base.config)
-    rope = rope_of(base.config, heads)
-    widened = replace(base, config=wide_config(base.config, heads, rope, family))
-    shape = replace(heads.base, head_dim=heads.head_dim, rotary_dim=heads.rotary_dim)
-    stand_in = family.wide_as or family.padded_as
-    classes = None
-    if stand_in is not None and stand_in.can_replace(base.config):
-        classes = _classes_of(widened, stand_in)
-    if classes is None:
-        stand_in = None
-        candidates = _stored_once(widened, groups, family, shape)
-    else:
-        candidates = [(*classes, groups.max_group_size * shape.queries_per_kv, stand_in.sets)]
-    choice = _first_accepted(candidates, widened, groups, shape)
-    query_scale = 1.0
-    if not family.scale_in_config:
-        # The stock class divides scores by sqrt(W), the base by sqrt(D).
-        query_scale = math.sqrt(heads.head_dim / heads.base.head_dim)
-    return choice, {"query_scale": query_scale, "rotary_scale": rope.scores_scale, "stand_in": stand_in}
+@dataclass(frozen=True)
+class _Planner:
+    """Lays groups of heads of one shape out in stock classes.
 
-
-def _stored_once(base: StockModel, groups: HeadGroups, family: Family, shape: HeadShape) -> Iterator[Candidate]:
-    """(model class, configuration class, slots per K/V head, values to set), best first; no K/V head twice."""
-    largest = groups.max_group_size * shape.queries_per_kv
-    # CTranslate2 reads an explicit head dimension in the padded class only.
-    explicit = shape.head_dim * shape.num_attention_heads != shape.hidden_size
-    if (explicit or not _are_equal(groups)) and (padded := _padded_class(base, family)):
-        yield *padded, largest, family.padded_as.sets
-    for slots in range(largest, 2 * largest + 1):  # over-padded: some classes want hidden_size % slots == 0
-        yield base.model_class, type(base.config), slots, {}
-
-
-def _plan_duplicated(
-    base: StockModel, groups: HeadGroups, family: Family, shape: HeadShape, cached_tokens: int
-) -> Choice | None:
-    """The layout of fewest bytes among those with less slots per K/V head than the largest group has query heads.
-
-    None for equal groups, which have no padding to save; where all have as many K/V heads as the base; and where the
-    keys' norm spans all stored heads: a head stored twice would count twice in it.
+    Attributes:
+        base: the base; with the configuration of wide heads for those.
+        groups: of the base's KV heads.
+        family: the base's.
+        shape: the base's; with the width of wide heads for those.
+        stand_in: class that holds the heads in the base's stead, None for the base's own.
+        is_wide: whether heads are wide, which a stand-in holds rather than the base's class.
     """
-    if _are_equal(groups) or family.key_norm:
-        return None
-    laid = {slots: _layouts(groups, shape, slots) for slots in range(1, groups.max_group_size * shape.queries_per_kv)}
-    smaller = [slots for slots, layouts in laid.items() if layouts[0].kv_heads < shape.base_kv_heads]
-    # Of equal ones that with the smaller cache.
-    cheapest = sorted(smaller, key=lambda slots: (_bytes(laid[slots], shape, cached_tokens), laid[slots][0].kv_heads))
-    own, padded = (base.model_class, type(base.config)), _padded_class(base, family)
-    needs_padded = {slots: padded and laid[slots][0].num_slots != shape.num_attention_heads for slots in cheapest}
-    candidates = (
-        (*padded, slots, family.padded_as.sets) if needs_padded[slots] else (*own, slots, {}) for slots in cheapest
-    )
-    try:
-        return _first_accepted(candidates, base, groups, shape)
-    except ValueError:  # the caller tells of the refusal of whole groups
-        return None
 
+    base: StockModel
+    groups: HeadGroups
+    family: Family
+    shape: HeadShape
+    stand_in: StandIn | None
+    is_wide: bool = False
 
-def _are_equal(groups: HeadGroups) -> bool:
-    return {size for layer in range(len(groups.layers)) for size in groups.sizes(layer)} == {groups.max_group_size}
+    @property
+    def largest(self) -> int:
+        """Query heads of the largest group."""
+        return self.groups.max_group_size * self.shape.queries_per_kv
 
+    @property
+    def are_equal(self) -> bool:
+        """Whether all groups of all layers are of one size."""
+        heads = self.groups.max_group_size * self.groups.num_key_value_heads
+        return heads == self.shape.base_kv_heads
 
-def _bytes(layouts: Sequence[SlotLayout], shape: HeadShape, cached_tokens: int) -> int:
-    """Projection weights and cached K and V of all layers, in units of head_dim elements."""
-    weights = sum(2 * shape.hidden_size * (layout.num_slots + layout.kv_heads) for layout in layouts)
-    return weights + sum(2 * cached_tokens * layout.kv_heads for layout in layouts)
-
-
-def _first_accepted(candidates: Iterable[Candidate], base: StockModel, groups: HeadGroups, shape: HeadShape) -> Choice:
-    """The first candidate that its configuration class accepts, with its layouts."""
-    refusal = None
-    for model_class, config_class, slots, sets in candidates:
-        layouts = _layouts(groups, shape, slots)
+    def choose(self, duplicate_kv_heads: bool, cached_tokens: int) -> tuple[_Choice, StockModel | None]:
+        """The layout to write, and the other one of unequal groups where there is one."""
+        if not self.family.grouped or not self.family.explicit_head_dim:
+            return self.fixed_slots(), None
+        duplicated = self.duplicated(cached_tokens)
         try:
-            config = _plain_config(config_class, base.config, layouts[0], shape, sets)
-        except Exception as error:  # each version of transformers wraps a configuration's refusal in another class
-            refusal = error
-            continue
-        return _stock(model_class, config, find_family(base.config)), layouts
-    raise ValueError(
-        f"No {type(base.config).__name__} holds {groups.num_key_value_heads} groups of up to "
-        f"{groups.max_group_size * shape.queries_per_kv} query heads each. The last one tried says: "
-        f"{_last_line(refusal)} The adapter is unchanged and stays usable; for a plain checkpoint train one with "
-        "equal groups (grouping='symmetric') or another num_key_value_heads."
-    ) from refusal
+            once = self.stored_once()
+        except ValueError:
+            if not (duplicate_kv_heads and duplicated):
+                raise
+            return duplicated, None
+        if duplicated is None:
+            return once, None
+        saved = self.bytes(once.layouts, cached_tokens) - self.bytes(duplicated.layouts, cached_tokens)
+        if duplicate_kv_heads and saved > 0:
+            return duplicated, once.plain
+        return once, duplicated.plain
+
+    def stored_once(self) -> _Choice:
+        """No K/V head twice: in the stand-in where it is of use, or else in the base's own class."""
+        shape, candidates = self.shape, []
+        # CTranslate2 reads an explicit head dimension in the padded class only.
+        is_explicit = shape.head_dim * shape.num_attention_heads != shape.hidden_size
+        if self.stand_in and (self.is_wide or is_explicit or not self.are_equal):
+            candidates.append((self.stand_in, self.largest))
+        for slots in range(self.largest, 2 * self.largest + 1):
+            # Over-padded, because some classes want hidden_size % slots == 0.
+            candidates.append((None, slots))
+        return self.first_accepted(candidates)
+
+    def duplicated(self, cached_tokens: int) -> _Choice | None:
+        """The layout of fewest bytes among those with less slots per K/V head than the largest group has query heads.
+
+        None for equal groups, which have no padding to save; where all have as many K/V heads as the base; and where
+        the keys' norm spans all stored heads: a head stored twice would count twice in it.
+        """
+        if self.are_equal or self.family.key_norm:
+            return None
+        candidates = []
+        for slots in range(1, self.largest):
+            layouts = self.layouts(slots)
+            kv_heads, stand_in = layouts[0].kv_heads, None
+            if layouts[0].num_slots != self.shape.num_attention_heads:
+                stand_in = self.stand_in
+            if kv_heads < self.shape.base_kv_heads:
+                # Of layouts of equal bytes that with the smaller cache.
+                candidates.append((self.bytes(layouts, cached_tokens), kv_heads, slots, stand_in))
+        candidates.sort(key=lambda candidate: candidate[:3])
+        try:
+            return self.first_accepted((stand_in, slots) for *_, slots, stand_in in candidates)
+        except ValueError:  # `stored_once` tells of the refusal of whole groups
+            return None
+
+    def fixed_slots(self) -> _Choice:
+        """Exactly H slots: as many per K/V head as divide every group, large groups stored more than once."""
+        base, shape, slots_per_kv = self.base, self.shape, 1
+        if self.family.grouped:
+            sizes = {len(group) for partition in self.groups.layers for group in partition}
+            slots_per_kv = math.gcd(*sizes) * shape.queries_per_kv
+        kv_heads, wanted = shape.num_attention_heads // slots_per_kv, self.groups.num_key_value_heads
+        if kv_heads > wanted:
+            shrinks = "does not shrink"
+            if kv_heads < shape.base_kv_heads:
+                shrinks = "shrinks less than the adapter's"
+            warnings.warn(
+                f"{type(base.config).__name__} cannot express these groups: the plain checkpoint stores {kv_heads} KV "
+                f"heads, not {wanted}, so its cache {shrinks}. Its logits are the adapter's.",
+                stacklevel=7,  # who called merge_and_unload
+            )
+        config = copy.deepcopy(base.config)
+        if self.family.grouped:
+            config.num_key_value_heads = kv_heads
+        return _Choice(_stock(base.model_class, config, self.family), self.layouts(slots_per_kv))
+
+    def bytes(self, layouts: Sequence[SlotLayout], cached_tokens: int) -> int:
+        """Projection weights and cached K and V of all layers, in units of head_dim elements."""
+        total = 0
+        for layout in layouts:
+            total += 2 * self.shape.hidden_size * (layout.num_slots + layout.kv_heads)
+            total += 2 * cached_tokens * layout.kv_heads
+        return total
+
+    def layouts(self, slots_per_kv: int) -> tuple[SlotLayout, ...]:
+        """All layers with as many stored K/V heads as the layer that needs most: a stock model has one number."""
+        layouts = [slot_layout(groups, self.shape.queries_per_kv, slots_per_kv) for groups in self.groups.layers]
+        kv_heads = max(layout.kv_heads for layout in layouts)
+        filled = []
+        for layout in layouts:
+            # Further copies of the first group's K/V head, whose slots stay empty.
+            missing = kv_heads - layout.kv_heads
+            kv_source = layout.kv_source + (0,) * missing
+            head_of_slot = layout.head_of_slot + (-1,) * (missing * slots_per_kv)
+            filled.append(replace(layout, kv_source=kv_source, head_of_slot=head_of_slot))
+        return tuple(filled)
+
+    def first_accepted(self, candidates: Iterable[tuple[StandIn | None, int]]) -> _Choice:
+        """The first (stand-in or None for the base's class, slots per K/V head) that its configuration accepts."""
+        refusal = None
+        for stand_in, slots in candidates:
+            model_class, config_class, sets = self.base.model_class, type(self.base.config), {}
+            if stand_in is not None:
+                model_class, config_class, sets = *_classes_of(self.base, stand_in), stand_in.sets
+            layouts = self.layouts(slots)
+            try:
+                config = _plain_config(config_class, self.base.config, layouts[0], self.shape, sets)
+            except Exception as error:  # each version of transformers wraps a configuration's refusal in another class
+                refusal = error
+                continue
+            return _Choice(_stock(model_class, config, self.family), layouts, stand_in)
+        reason = str(refusal).strip().splitlines()[-1].strip()
+        raise ValueError(
+            f"No {type(self.base.config).__name__} holds {self.groups.num_key_value_heads} groups of up to "
+            f"{self.largest} query heads each. The last one tried says: {reason} "
+            "The adapter is unchanged and stays usable; for a plain checkpoint train one with equal groups "
+            "(grouping='symmetric') or another num_key_value_heads."
+        ) from refusal
 
 
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
-
-
-def _layouts(groups: HeadGroups, shape: HeadShape, slots_per_kv: int) -> tuple[SlotLayout, ...]:
-    """All layers with as many stored K/V heads as the layer that needs most: a stock model has one number."""
-    layouts = [slot_layout(partition, shape.queries_per_kv, slots_per_kv) for partition in groups.layers]
-    kv_heads = max(layout.kv_heads for layout in layouts)
-    return tuple(_widened(layout, kv_heads) for layout in layouts)
-
-
-def _widened(layout: SlotLayout, kv_heads: int) -> SlotLayout:
-    """The layout with further copies of the first group's K/V head, whose slots stay empty."""
-    missing = kv_heads - layout.kv_heads
-    return replace(
-        layout,
-        kv_source=layout.kv_source + (0,) * missing,
-        head_of_slot=layout.head_of_slot + (-1,) * (missing * layout.slots_per_kv),
-    )
-
-
-def _stock(model_class, config: PretrainedConfig, family: Family) -> StockModel:
-    config.architectures = [model_class.__name__]
-    _write_rope_fields(config, family)
-    return StockModel(model_class, config)
-
-
-def _plan_fixed_slots(base: StockModel, groups: HeadGroups, family: Family, shape: HeadShape) -> Choice:
-    """Exactly H slots: as many per K/V head as divide every group, large groups stored more than once."""
-    sizes = [len(group) * shape.queries_per_kv for partition in groups.layers for group in partition]
-    slots_per_kv = math.gcd(*sizes) if family.grouped else 1
-    kv_heads = shape.num_attention_heads // slots_per_kv
-    if kv_heads > groups.num_key_value_heads:
-        shrinks = "shrinks less than the adapter's" if kv_heads < shape.base_kv_heads else "does not shrink"
-        warnings.warn(
-            f"{type(base.config).__name__} cannot express these groups: the plain checkpoint stores {kv_heads} KV "
-            f"heads, not {groups.num_key_value_heads}, so its cache {shrinks}. Its logits are the adapter's.",
-            stacklevel=7,  # who called merge_and_unload
-        )
-    config = copy.deepcopy(base.config)
-    if family.grouped:
-        config.num_key_value_heads = kv_heads
-    return _stock(base.model_class, config, family), _layouts(groups, shape, slots_per_kv)
-
-
-def _padded_class(base: StockModel, family: Family) -> tuple[type, type] | None:
-    """Model and configuration class that stand in for padded slots, if the base qualifies."""
-    if family.padded_as is None or not family.padded_as.can_replace(base.config):
-        return None
-    return _classes_of(base, family.padded_as)
-
-
-def _classes_of(base: StockModel, stand_in: StandIn) -> tuple[type, type] | None:
-    """Its model class for the base's task, and its configuration class; None where it has no such model."""
+def _classes_of(base: StockModel, stand_in: StandIn) -> tuple[type | None, type]:
+    """Model class for the base's task, None where there is no such model, and configuration class of a stand-in."""
     config_class = CONFIG_MAPPING[stand_in.model_type]
-    own = type(base.config).__name__.removesuffix("Config")
-    model_name = base.model_class.__name__.replace(own, config_class.__name__.removesuffix("Config"), 1)
-    model_class = getattr(transformers, model_name, None)
-    if model_class is None:
-        return None
-    return model_class, config_class
+    own, other = (each.__name__.removesuffix("Config") for each in (type(base.config), config_class))
+    return getattr(transformers, base.model_class.__name__.replace(own, other, 1), None), config_class
+
+
+def _stock(model_class: type, config: PretrainedConfig, family: Family) -> StockModel:
+    """The class and its configuration, which gets the names that engines read."""
+    config.architectures = [model_class.__name__]
+    parameters = getattr(config, "rope_parameters", None)
+    if isinstance(parameters, dict) and "rope_theta" in parameters:
+        # Engines written for transformers 4 read RoPE fields at the top level; transformers 5 takes both.
+        for entry, name in family.rope_fields.items():
+            if entry in parameters:
+                setattr(config, name, parameters[entry])
+        if parameters.get("rope_type", "default") != "default":
+            scaling = {entry: value for entry, value in parameters.items() if entry not in family.rope_fields}
+            # Past the property of this name, which stands for rope_parameters and warns on assignment.
+            vars(config)["rope_scaling"] = scaling
+    return StockModel(model_class, config)
 
 
 def _plain_config(config_class, config, layout: SlotLayout, shape: HeadShape, sets: dict) -> PretrainedConfig:
     """The plain configuration; raises whatever its class raises where it refuses the number of slots."""
     values = config.to_dict()
     values.pop("model_type", None)
+    # What a merge wrote for older engines goes before rope_parameters, and would stand for the base's.
+    values.pop("rope_scaling", None)
     if config_class is not type(config):
         own = config_class().to_dict()
         values = {name: value for name, value in values.items() if name in own}
@@ -327,17 +362,3 @@ def _plain_config(config_class, config, layout: SlotLayout, shape: HeadShape, se
     plain = config_class.from_dict(values)
     plain._attn_implementation = config._attn_implementation
     return plain
-
-
-def _write_rope_fields(config: PretrainedConfig, family: Family) -> None:
-    """Write the top-level RoPE fields that engines written for transformers 4 read; transformers 5 takes both."""
-    parameters = getattr(config, "rope_parameters", None)
-    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
-        return
-    for entry, name in family.rope_fields.items():
-        if entry in parameters:
-            setattr(config, name, parameters[entry])
-    if parameters.get("rope_type", "default") != "default":
-        scaling = {entry: value for entry, value in parameters.items() if entry not in family.rope_fields}
-        # Past the property of this name, which stands for rope_parameters and warns on assignment.
-        vars(config)["rope_scaling"] = scaling

@@ -7,7 +7,6 @@ stock frequency is divided by a factor of its own, so that stock / wanted freque
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,28 +15,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..families import Family
 from ..heads import SharedShape
-
-
-@dataclass(frozen=True)
-class WideRope:
-    """What the longrope parameters of wide heads are made of.
-
-    Attributes:
-        theta: base of the stock frequencies.
-        short_factor, long_factor: W_r / 2 factors each, for inputs up to `original_max_position_embeddings` and
-            beyond.
-        original_max_position_embeddings: where the one ends and the other begins; they are equal but for a base that
-            is of type longrope itself.
-        attention_factor: of the plain model's cosines and sines.
-        scores_scale: what the queries' rotary part has to be multiplied with beside it.
-    """
-
-    theta: float
-    short_factor: list[float]
-    long_factor: list[float]
-    original_max_position_embeddings: int
-    attention_factor: float
-    scores_scale: float
 
 
 def refusal_of_rope(config: PretrainedConfig) -> str | None:
@@ -51,37 +28,54 @@ def refusal_of_rope(config: PretrainedConfig) -> str | None:
     return None
 
 
-def rope_of(config: PretrainedConfig, heads: SharedShape) -> WideRope:
-    """Factors that give each rotary pair of a shared head the base's frequency it stands for."""
-    parameters = config.rope_parameters
+def wide_config(config: PretrainedConfig, heads: SharedShape, family: Family) -> tuple[PretrainedConfig, float]:
+    """The configuration with heads of W dimensions at their frequencies, and everything else as it is.
+
+    Returns:
+        The configuration, and what the queries' rotary part has to be multiplied with beside it.
+    """
+    parameters, limit, pairs = config.rope_parameters, config.max_position_embeddings, list(heads.frequencies)
     theta = parameters["rope_theta"]
-    limit = config.max_position_embeddings
-    if parameters.get("rope_type", "default") != "longrope":
-        wanted, scaling = _base_frequencies(config, heads, None)
-        factors = _factors(wanted[list(heads.frequencies)], theta)
-        # Engines derive an attention factor of 1 from equal limits, whatever is written: the base's goes into the
-        # queries, once for the queries and once for the keys.
-        return WideRope(theta, factors, factors, limit, 1.0, scaling**2)
-    limit = parameters["original_max_position_embeddings"]
-    short, scaling = _base_frequencies(config, heads, None)
-    long, _ = _base_frequencies(config, heads, limit + 1)
-    pairs = list(heads.frequencies)
-    return WideRope(theta, _factors(short[pairs], theta), _factors(long[pairs], theta), limit, scaling, 1.0)
+    wanted, scaling = _base_frequencies(config, heads, None)
+    short = long = _factors(wanted[pairs], theta)
+    # Engines derive an attention factor of 1 from equal limits, whatever is written: the base's goes into the
+    # queries, once for the queries and once for the keys.
+    attention_factor, scores_scale = 1.0, scaling**2
+    if parameters.get("rope_type", "default") == "longrope":
+        # Other frequencies beyond the limit that it was trained with.
+        limit = parameters["original_max_position_embeddings"]
+        beyond, _ = _base_frequencies(config, heads, limit + 1)
+        long = _factors(beyond[pairs], theta)
+        attention_factor, scores_scale = scaling, 1.0
+    wide = copy.deepcopy(config)
+    wide.head_dim = heads.head_dim
+    kept = {name: value for name, value in parameters.items() if name in family.rope_fields}
+    if "partial_rotary_factor" in kept:
+        # The same fraction of a wider head, which the class rounds down, may be another number than W_r.
+        kept["partial_rotary_factor"] = heads.rotary_dim / heads.head_dim
+    wide.rope_parameters = kept | {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "short_factor": short,
+        "long_factor": long,
+        "original_max_position_embeddings": limit,
+        "factor": config.max_position_embeddings / limit,
+        "attention_factor": attention_factor,
+    }
+    if hasattr(wide, "original_max_position_embeddings"):
+        wide.original_max_position_embeddings = limit
+    return wide, scores_scale
 
 
 def _base_frequencies(config: PretrainedConfig, heads: SharedShape, length: int | None) -> tuple[Tensor, float]:
     """Inverse frequencies (R / 2,) of the base, in radians per position, and the factor of its cosines and sines."""
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type == "default":
-        return _stock_frequencies(heads.base.rotary_dim, config.rope_parameters["rope_theta"]), 1.0
+        # In the float32 in which transformers computes them.
+        exponents = torch.arange(0, heads.base.rotary_dim, 2, dtype=torch.int64).float() / heads.base.rotary_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
     frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu", seq_len=length)
     return frequencies, float(scaling)
-
-
-def _stock_frequencies(dimensions: int, theta: float) -> Tensor:
-    """theta^(-2 j / dimensions), in the float32 in which transformers computes them."""
-    exponents = torch.arange(0, dimensions, 2, dtype=torch.int64).float() / dimensions
-    return 1.0 / theta**exponents
 
 
 def _factors(wanted: Tensor, theta: float) -> list[float]:
@@ -103,22 +97,3 @@ def _factors(wanted: Tensor, theta: float) -> list[float]:
         least = torch.minimum(error, least)
         candidate = torch.nextafter(candidate, torch.full_like(candidate, torch.inf))
     return [float(factor) for factor in best]
-
-
-def wide_config(config: PretrainedConfig, heads: SharedShape, rope: WideRope, family: Family) -> PretrainedConfig:
-    """The configuration with heads of W dimensions at their frequencies, and everything else as it is."""
-    wide = copy.deepcopy(config)
-    wide.head_dim = heads.head_dim
-    kept = {name: value for name, value in config.rope_parameters.items() if name in family.rope_fields}
-    wide.rope_parameters = kept | {
-        "rope_type": "longrope",
-        "rope_theta": rope.theta,
-        "short_factor": rope.short_factor,
-        "long_factor": rope.long_factor,
-        "original_max_position_embeddings": rope.original_max_position_embeddings,
-        "factor": config.max_position_embeddings / rope.original_max_position_embeddings,
-        "attention_factor": rope.attention_factor,
-    }
-    if hasattr(wide, "original_max_position_embeddings"):
-        wide.original_max_position_embeddings = rope.original_max_position_embeddings
-    return wide

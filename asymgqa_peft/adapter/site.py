@@ -16,8 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..families import Family, find_family, head_shape
-from ..groups import Partition
-from ..heads import AttentionWeights, HeadShape, SharedHeads, SharedShape, mean_heads
+from ..heads import AttentionWeights, HeadShape, SharedHeads, mean_heads
 from .layer import (
     Geometry,
     SharedKey,
@@ -29,9 +28,10 @@ from .layer import (
     base_weight,
     write_geometry,
 )
+from .slots import HeadLayout
 
-HeadWeights = tuple[Tensor, Tensor | None]
-"""Weight (heads, dimensions, E) and bias (heads, dimensions) or None of one projection."""
+FITS = ("query_gain", "query_mix", "value_mix")
+"""What fits query heads to shared ones: fields of `SharedHeads`, and with "lora_" before them of the layers."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,8 @@ class AttentionSite:
     Attributes:
         layer: index among the model's attention layers.
         name: the attention module's name in the model.
-        attention: the attention module.
-        family: its architecture's declaration.
-        shape: its head counts and dimensions.
+        attention: that module.
+        family, shape: its architecture's declaration, its head counts and dimensions.
     """
 
     layer: int
@@ -97,10 +96,8 @@ class AttentionSite:
     @property
     def shared_names(self) -> tuple[str, ...]:
         """Full names of the modules that become shared."""
-        names = list(self.family.shared_names)
-        if self.family.key_norm:
-            names.append(self.family.key_norm)
-        return tuple(f"{self.name}.{name}" for name in names)
+        names = (*self.family.shared_names, self.family.key_norm)
+        return tuple(f"{self.name}.{name}" for name in names if name)
 
     def shared_layers(self) -> list[SharedProjection]:
         """The one or two shared projections, each once."""
@@ -109,33 +106,25 @@ class AttentionSite:
     # ---- the base ----
 
     def weights(self) -> AttentionWeights:
-        """The base's projections, dequantised."""
-        parts = {}
-        for name, (weight, bias) in self._base_heads().items():
-            parts[name] = weight.flatten(0, 1)
-            parts[f"{name}_bias"] = None if bias is None else bias.flatten()
-        key_norm = None if self.key_norm is None else base_layer(self.key_norm).weight.detach()
-        return AttentionWeights(**parts, output=base_weight(base_layer(self.output)), key_norm=key_norm)
-
-    def _base_heads(self) -> dict[str, HeadWeights]:
+        """The base's projections, dequantised; in the plain model, before they are replaced, LoRA included."""
+        names, parts = ("query", "key", "value"), {}
         if self.is_fused:
-            weight, bias = self._heads_of(base_layer(self.key))
-            weights = self.family.split_fused(weight, self.shape)
-            biases = (None, None, None) if bias is None else self.family.split_fused(bias, self.shape)
-            return dict(zip(("query", "key", "value"), zip(weights, biases, strict=True), strict=True))
-        query = getattr(self.attention, self.family.query)
-        modules = {"query": query, "key": self.key, "value": self.value}
-        return {name: self._heads_of(base_layer(module)) for name, module in modules.items()}
-
-    def _heads_of(self, linear: nn.Module) -> HeadWeights:
-        weight = base_weight(linear).unflatten(0, (-1, self.shape.head_dim))
-        if linear.bias is None:
-            return weight, None
-        return weight, linear.bias.detach().unflatten(0, (-1, self.shape.head_dim))
-
-    def query_heads(self) -> HeadWeights:
-        """Query heads of the plain model that is left once LoRA is merged, (H, D, E) and (H, D) or None."""
-        return self._base_heads()["query"]
+            linear = base_layer(self.key)
+            tensors = {"": base_weight(linear), "_bias": linear.bias}
+            for suffix, tensor in tensors.items():
+                if tensor is not None:
+                    heads = tensor.detach().unflatten(0, (-1, self.shape.head_dim))
+                    for name, part in zip(names, self.family.split_fused(heads, self.shape), strict=True):
+                        parts[name + suffix] = part.flatten(0, 1)
+        else:
+            for name in names:
+                linear = base_layer(getattr(self.attention, getattr(self.family, name)))
+                parts[name] = base_weight(linear)
+                if linear.bias is not None:
+                    parts[name + "_bias"] = linear.bias.detach()
+        if self.key_norm is not None:
+            parts["key_norm"] = base_layer(self.key_norm).weight.detach()
+        return AttentionWeights(**parts, output=base_weight(base_layer(self.output)))
 
     def heads_of_outputs(self, outputs: dict[str, Tensor]) -> list[Tensor]:
         """Queries (B, T, H D), keys and values (B, T, K D), from what the modules of `sources` returned."""
@@ -154,16 +143,10 @@ class AttentionSite:
 
     def wrapped(self, name: str) -> SharedLayer:
         """A new tuner layer around the module of that name, one of `shared_names`."""
-        attribute = name.rpartition(".")[2]
-        if attribute == self.family.key_norm:
-            layer_class = SharedKeyNorm
-        elif self.is_fused:
-            layer_class = SharedQKV
-        elif attribute == self.family.key:
-            layer_class = SharedKey
-        else:
-            layer_class = SharedValue
-        return layer_class(getattr(self.attention, attribute), self.shape, self.family)
+        family, attribute = self.family, name.rpartition(".")[2]
+        layer_classes = {family.key_norm: SharedKeyNorm, family.key: SharedKey, family.value: SharedValue}
+        layer_class = layer_classes.get(attribute, SharedQKV)
+        return layer_class(getattr(self.attention, attribute), self.shape, family)
 
     def install_hooks(self) -> None:
         """Connect the shared layers with each other and with the attention around them."""
@@ -180,9 +163,9 @@ class AttentionSite:
         """Undo what the adapter last told the attention module about its heads."""
         write_geometry(self.attention, self.family, Geometry.of_base(self.shape))
 
-    def partition(self, adapter_name: str) -> Partition:
-        """The adapter's groups."""
-        return self.key.layout(adapter_name).partition
+    def layout(self, adapter_name: str) -> HeadLayout:
+        """The adapter's groups, and the shape of its shared heads."""
+        return self.key.layout(adapter_name)
 
     def cached_heads(self) -> tuple[int, int]:
         """K/V heads that the cache holds in evaluation mode, and their dimensions."""
@@ -191,149 +174,101 @@ class AttentionSite:
             return self.shape.base_kv_heads, self.shape.head_dim
         if not self.family.grouped:
             return self.shape.num_attention_heads, self.shape.head_dim
-        layout = self.key.layout(adapter_name)
+        layout = self.layout(adapter_name)
         return layout.slots.kv_heads, layout.shape.head_dim
-
-    def set_partition(self, adapter_name: str, partition: Partition) -> None:
-        """Lay the adapter's heads out for other groups; its shared heads have to be written anew."""
-        self.key.layout(adapter_name).set_partition(partition)
-
-    def shared_shape(self, adapter_name: str) -> SharedShape:
-        """Shape of the adapter's shared heads."""
-        return self.key.layout(adapter_name).shape
 
     def start(self, adapter_name: str) -> None:
         """Write the shared heads that need no data, unless the adapter is on the meta device, to be loaded."""
-        linear = self.key.lora_kv[adapter_name]
-        if linear.weight.is_meta or base_layer(self.key).weight.is_meta:
+        if self.key.lora_kv[adapter_name].weight.is_meta or base_layer(self.key).weight.is_meta:
             return
-        partition, shape = self.partition(adapter_name), self.shared_shape(adapter_name)
-        declared = self.key.layout(adapter_name).declared
-        self.write(adapter_name, mean_heads(self.weights(), partition, shape))
-        self.key.layout(adapter_name).declared = declared
+        layout = self.layout(adapter_name)
+        self.write(adapter_name, mean_heads(self.weights(), layout.partition, layout.shape))
 
     def reader(self, adapter_name: str) -> Callable[[], SharedHeads]:
-        """What reads the adapter's shared heads, also once the adapter's layers have left the model."""
-        return _Reader(self, adapter_name)
+        """What reads the adapter's shared heads, also once its layers have left the model.
+
+        It holds the adapter's own modules and nothing of the base's. K and V are views of the weights, gains and mixes
+        float64.
+        """
+        layout = self.layout(adapter_name)
+        projections = {layer.parts: layer.lora_kv[adapter_name] for layer in self.shared_layers()}
+        fits = {}
+        for layer in self.shared_layers():
+            for name in FITS:
+                modules = getattr(layer, f"lora_{name}")
+                if adapter_name in modules:
+                    fits[name] = modules[adapter_name]
+        key_norm = None if self.key_norm is None else self.key_norm.lora_norm[adapter_name]
+
+        @torch.no_grad()
+        def read() -> SharedHeads:
+            tensors = {}
+            for parts, linear in projections.items():
+                for suffix, tensor in (("", linear.weight), ("_bias", linear.bias)):
+                    if tensor is not None:
+                        heads = tensor.detach().unflatten(0, (len(parts), len(layout.partition), -1))
+                        tensors |= {part + suffix: heads[index] for index, part in enumerate(parts)}
+            for name, fit in fits.items():
+                tensors[name] = fit.read(layout)
+            if key_norm is not None:
+                tensors["key_norm"] = key_norm.weight.detach().unflatten(0, (len(layout.partition), -1))
+            return SharedHeads(layout.partition, layout.shape, **tensors)
+
+        return read
 
     @torch.no_grad()
     def write(self, adapter_name: str, heads: SharedHeads) -> None:
         """Make these the adapter's shared heads, groups included."""
-        self.key.layout(adapter_name).set_partition(heads.partition, heads.shape.frequencies)
-        if self.is_fused:
-            bias = None if heads.key_bias is None else torch.cat((heads.key_bias, heads.value_bias))
-            _write_linear(self.key.lora_kv[adapter_name], torch.cat((heads.key, heads.value)), bias)
-        else:
-            _write_linear(self.key.lora_kv[adapter_name], heads.key, heads.key_bias)
-            _write_linear(self.value.lora_kv[adapter_name], heads.value, heads.value_bias)
-        if adapter_name in self.key.lora_query_gain:
-            weight = self.key.lora_query_gain[adapter_name].weight
-            if heads.query_gain is None:
-                weight.zero_()
-            else:
-                is_first = self.key.layout(adapter_name).is_first.to(heads.query_gain.device)
-                weight.copy_(torch.view_as_real(heads.query_gain.resolve_conj() - is_first))
-        _write_mix(self.key.lora_query_mix, adapter_name, heads.query_mix)
-        _write_mix(self.value.lora_value_mix, adapter_name, heads.value_mix)
+        layout = self.layout(adapter_name)
+        layout.set_partition(heads.partition, heads.shape.frequencies)
+        for layer in self.shared_layers():
+            linear = layer.lora_kv[adapter_name]
+            linear.weight.copy_(torch.cat([getattr(heads, part).flatten(0, 1) for part in layer.parts]))
+            if linear.bias is not None:
+                linear.bias.copy_(torch.cat([getattr(heads, f"{part}_bias").flatten() for part in layer.parts]))
+            for name in FITS:
+                modules = getattr(layer, f"lora_{name}")
+                if adapter_name in modules:
+                    modules[adapter_name].write(getattr(heads, name), layout)
         if heads.key_norm is not None:
             self.key_norm.lora_norm[adapter_name].weight.copy_(heads.key_norm.flatten())
 
     @torch.no_grad()
     def compose_value_mix(self, adapter_name: str, mix: Tensor) -> None:
         """Put another matrix (H, D, D) behind each head's value mix."""
-        weight = self.value.lora_value_mix[adapter_name].weight
-        identity = torch.eye(*weight.shape[1:]).to(mix)
-        weight.copy_(mix @ (weight.to(mix) + identity) - identity)
+        value_mix, layout = self.value.lora_value_mix[adapter_name], self.layout(adapter_name)
+        value_mix.write(mix @ value_mix.read(layout).to(mix), layout)
 
     # ---- the plain model ----
 
-    def replace_projections(
-        self, query: HeadWeights, key: HeadWeights, value: HeadWeights, output: Tensor, unfuse: bool = False
-    ) -> None:
-        """Put plain projections of these heads in place; output is (E, heads * dimensions).
+    def replace_projections(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, unfuse: bool) -> None:
+        """Put plain projections of these heads in place.
 
-        With `unfuse` a fused projection becomes three.
+        Args:
+            query, key, value: (heads, dimensions, E), or (heads, dimensions, E + 1) with a bias as the last column.
+            output: (E, heads * dimensions).
+            unfuse: whether a fused projection becomes three.
         """
-        like = self.output.weight
+        family, like = self.family, self.output.weight
         if unfuse:
-            delattr(self.attention, self.family.fused_qkv)
+            delattr(self.attention, family.fused_qkv)
         if self.is_fused and not unfuse:
-            weight = self.family.join_fused(query[0], key[0], value[0])
-            bias = None if query[1] is None else self.family.join_fused(query[1], key[1], value[1])
-            _replace_linear(self.attention, self.family.fused_qkv, weight.flatten(0, 1), bias, like)
+            projections = {family.fused_qkv: family.join_fused(query, key, value)}
         else:
-            named = {self.family.query: query, self.family.key: key, self.family.value: value}
-            for name, (weight, bias) in named.items():
-                _replace_linear(self.attention, name, weight.flatten(0, 1), bias, like)
-        _replace_linear(self.attention, self.family.output, output, self.output.bias, like)
-
-
-class _Reader:
-    """Reads an adapter's shared heads from its own modules, and holds nothing of the base's."""
-
-    def __init__(self, site: AttentionSite, adapter_name: str) -> None:
-        layout = site.key.layout(adapter_name)
-        self.partition, self.shape, self.is_first = layout.partition, layout.shape, layout.is_first
-        self.projections = {layer.parts: layer.lora_kv[adapter_name] for layer in site.shared_layers()}
-        self.query_gain = _entry(site.key.lora_query_gain, adapter_name)
-        self.query_mix = _entry(site.key.lora_query_mix, adapter_name)
-        self.value_mix = _entry(site.value.lora_value_mix, adapter_name)
-        self.key_norm = None if site.key_norm is None else site.key_norm.lora_norm[adapter_name]
-
-    @torch.no_grad()
-    def __call__(self) -> SharedHeads:
-        """Views of the K/V weights; gains and mixes in float64."""
-        tensors = {}
-        for parts, linear in self.projections.items():
-            split = (len(parts), len(self.partition), self.shape.head_dim)
-            weights = linear.weight.detach().unflatten(0, split)
-            biases = None if linear.bias is None else linear.bias.detach().unflatten(0, split)
-            for index, part in enumerate(parts):
-                tensors[part] = weights[index]
-                tensors[f"{part}_bias"] = None if biases is None else biases[index]
-        if self.query_gain is not None:
-            deviation = self.query_gain.weight.detach().double()
-            tensors["query_gain"] = torch.view_as_complex(deviation) + self.is_first
-        for name, mix in (("query_mix", self.query_mix), ("value_mix", self.value_mix)):
-            if mix is not None:
-                deviation = mix.weight.detach().double()
-                tensors[name] = deviation + torch.eye(*deviation.shape[1:]).to(deviation)
-        if self.key_norm is not None:
-            tensors["key_norm"] = self.key_norm.weight.detach().unflatten(0, (-1, self.shape.head_dim))
-        return SharedHeads(self.partition, self.shape, **tensors)
-
-
-def _entry(modules: nn.ModuleDict, name: str) -> nn.Module | None:
-    if name in modules:
-        return modules[name]
-    return None
-
-
-def _write_linear(linear: nn.Linear, heads: Tensor, bias: Tensor | None) -> None:
-    linear.weight.copy_(heads.flatten(0, -2))
-    if linear.bias is None:
-        return
-    if bias is None:
-        linear.bias.zero_()
-    else:
-        linear.bias.copy_(bias.flatten())
-
-
-def _write_mix(mixes: nn.ModuleDict, adapter_name: str, mix: Tensor | None) -> None:
-    if adapter_name not in mixes:
-        return
-    weight = mixes[adapter_name].weight
-    if mix is None:
-        weight.zero_()
-    else:
-        weight.copy_(mix - torch.eye(*mix.shape[1:]).to(mix))
+            projections = {family.query: query, family.key: key, family.value: value}
+        for name, heads in projections.items():
+            weight, bias = heads.flatten(0, 1), None
+            if weight.shape[1] > self.shape.hidden_size:
+                weight, bias = weight[:, :-1], weight[:, -1]
+            _replace_linear(self.attention, name, weight, bias, like)
+        _replace_linear(self.attention, family.output, output, self.output.bias, like)
 
 
 def _replace_linear(attention: nn.Module, name: str, weight: Tensor, bias: Tensor | None, like: Tensor) -> None:
     new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     new.weight = nn.Parameter(weight.to(like).contiguous())
     if bias is not None:
-        new.bias = nn.Parameter(bias.detach().flatten().to(like).contiguous())
+        new.bias = nn.Parameter(bias.detach().to(like).contiguous())
     setattr(attention, name, new)
 
 

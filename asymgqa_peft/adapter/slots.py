@@ -7,6 +7,8 @@ base, P = D - R, G shared heads of W dimensions, of which W_r are rotary, p quer
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,7 @@ class HeadLayout(nn.Module):
         super().__init__()
         self.shape = shape
         self.declared = declared
+        self.is_wide = shape.rotary_dim != shape.base.rotary_dim
         self.register_buffer("index", torch.tensor(_group_of_head(partition), device=device))
         if shape.head_dim != shape.base.head_dim:
             self.register_buffer("frequencies", torch.tensor(shape.frequencies, device=device))
@@ -43,44 +46,54 @@ class HeadLayout(nn.Module):
     def _lay_out(self, partition: Partition) -> None:
         self.partition = partition
         self.slots = slot_layout(partition, self.shape.base.queries_per_kv)
-        # An empty slot takes a copy of head 0: nothing reads what comes of it, and one gather is all it costs.
-        head_of_slot = [max(head, 0) for head in self.slots.head_of_slot]
-        group_of_query = []
-        for group in _group_of_head(partition):
-            group_of_query += [group] * self.shape.base.queries_per_kv
-        pairs = list(self.shape.frequencies)
-        rotary_rows = pairs + [pair + self.shape.base.rotary_dim // 2 for pair in pairs]
+        base, pairs, groups = self.shape.base, self.shape.frequencies, _group_of_head(partition)
         indices = {
-            "head_of_slot": head_of_slot,
+            # An empty slot takes a copy of head 0: nothing reads what comes of it, and one gather is all it costs.
+            "head_of_slot": [max(head, 0) for head in self.slots.head_of_slot],
             "slot_of_head": self.slots.slot_of_head,
-            "group_of_query": group_of_query,
-            "rotary_rows": rotary_rows,
-            "is_first": first_of_frequency(pairs),
+            "group_of_query": [groups[head // base.queries_per_kv] for head in range(base.num_attention_heads)],
+            "rotary_rows": self.shape.rotary_sources,
+            # 1 for each pair that is the first to turn at its frequency, 0 for further ones.
+            "is_first": [int(pairs.index(frequency) == pair) for pair, frequency in enumerate(pairs)],
         }
         for name, index in indices.items():
             buffer = torch.tensor(index, dtype=torch.long, device=self.index.device)
             self.register_buffer(name, buffer, persistent=False)
         self.moves_queries = self.slots.head_of_slot != tuple(range(len(self.slots.slot_of_head)))
         repeats = Counter(pairs).values()
-        self.is_even = len(set(repeats)) == 1 and len(repeats) == self.shape.base.rotary_dim // 2
+        self.is_even = len(set(repeats)) == 1 and len(repeats) == base.rotary_dim // 2
 
-    def set_partition(self, partition: Partition, frequencies: tuple[int, ...] | None = None) -> None:
+    def set_partition(self, partition: Partition, frequencies: tuple[int, ...]) -> None:
         """Lay the heads out for other groups, and a wide head for other frequencies."""
-        if frequencies is not None and frequencies != self.shape.frequencies:
-            self.shape = SharedShape(self.shape.base, self.shape.head_dim, frequencies)
+        if frequencies != self.shape.frequencies:
+            self.shape = replace(self.shape, frequencies=frequencies)
             self.frequencies.copy_(torch.tensor(frequencies))
         with torch.no_grad():
             self.index.copy_(torch.tensor(_group_of_head(partition)))
-        self.declared = False
         self._lay_out(partition)
 
-    def checked_partition(self, index: Tensor) -> Partition:
-        """The groups that `index` (K,) says.
+    def checked(self, index: Tensor | None, frequencies: Tensor | None) -> tuple[Partition, SharedShape]:
+        """The groups and the shape that buffers of a file say; None for one that stays as it is.
 
         Raises:
-            ValueError: unless it holds a group in range(G) for each head, none empty; or where it is the first to be
-                loaded and contradicts the configuration.
+            ValueError: unless `index` (K,) holds a group in range(G) for each head, none empty, and as the first to
+                be loaded agrees with the configuration; unless `frequencies` fit the base.
         """
+        partition, shape = self.partition, self.shape
+        if index is not None:
+            partition = self._checked_partition(index)
+        if frequencies is not None:
+            found, pairs = tuple(frequencies.tolist()), shape.base.rotary_dim // 2
+            fits = len(found) == len(shape.frequencies) and all(0 <= pair < pairs for pair in found)
+            if frequencies.is_floating_point() or not fits or list(found) != sorted(found):
+                raise ValueError(
+                    f"rotary frequencies in the weights are {found}: they must be {len(shape.frequencies)} of the "
+                    f"base's 0..{pairs - 1}, in ascending order. The file is damaged or belongs to another base."
+                )
+            shape = replace(shape, frequencies=found)
+        return partition, shape
+
+    def _checked_partition(self, index: Tensor) -> Partition:
         heads, groups = self.shape.base.base_kv_heads, len(self.partition)
         if index.shape != (heads,) or index.is_floating_point():
             raise ValueError(
@@ -94,7 +107,7 @@ class HeadLayout(nn.Module):
             members[group].append(head)
         if not all(members):
             raise ValueError(f"head groups in the weights leave a group empty: {index.tolist()}.")
-        partition = tuple(tuple(group) for group in members)
+        partition = tuple(map(tuple, members))
         if self.declared and partition != self.partition:
             raise ValueError(
                 f"head_groups of the configuration and of the weights contradict each other: {self.partition} and "
@@ -102,35 +115,20 @@ class HeadLayout(nn.Module):
             )
         return partition
 
-    def checked_frequencies(self, frequencies: Tensor) -> tuple[int, ...]:
-        """The rotary frequencies of a wide head that a file says; ValueError unless they fit the base."""
-        found = tuple(frequencies.tolist())
-        pairs = self.shape.base.rotary_dim // 2
-        fits = len(found) == len(self.shape.frequencies) and all(0 <= pair < pairs for pair in found)
-        if frequencies.is_floating_point() or not fits or list(found) != sorted(found):
-            raise ValueError(
-                f"rotary frequencies in the weights are {found}: they must be {len(self.shape.frequencies)} of the "
-                f"base's 0..{pairs - 1}, in ascending order. The file is damaged or belongs to another base."
-            )
-        return found
-
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("index", "frequencies") and name in self._buffers and not value.is_meta:
             # An assignment: transformers' own load_adapter, and load_state_dict(assign=True).
-            self._adopt(**{name: value})
+            self._adopt({name: value})
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        index, frequencies = state_dict.get(prefix + "index"), state_dict.get(prefix + "frequencies")
-        self._adopt(index, frequencies)
+        self._adopt(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _adopt(self, index: Tensor | None = None, frequencies: Tensor | None = None) -> None:
-        if frequencies is not None:
-            self.shape = SharedShape(self.shape.base, self.shape.head_dim, self.checked_frequencies(frequencies))
-        partition = self.partition if index is None else self.checked_partition(index)
-        if index is not None:
-            self.declared = False
+    def _adopt(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        index = tensors.get(prefix + "index")
+        partition, self.shape = self.checked(index, tensors.get(prefix + "frequencies"))
+        self.declared = self.declared and index is None
         self._lay_out(partition)
 
     def to_query_heads(self, shared: Tensor) -> Tensor:
@@ -174,22 +172,34 @@ class RotaryGain(nn.Module):
 
     def __init__(self, shape: SharedShape, **factory) -> None:
         super().__init__()
-        pairs = len(shape.frequencies)
-        self.base_pairs = shape.base.rotary_dim // 2
-        self.weight = nn.Parameter(torch.zeros(shape.base.num_attention_heads, pairs, 2, **factory))
+        self.weight = nn.Parameter(torch.zeros(shape.base.num_attention_heads, len(shape.frequencies), 2, **factory))
+
+    def read(self, layout: HeadLayout) -> Tensor:
+        """The gains (H, W_r / 2), complex128."""
+        return torch.view_as_complex(self.weight.detach().double()) + layout.is_first
+
+    def write(self, gain: Tensor | None, layout: HeadLayout) -> None:
+        """Make these the gains; None is the head as it is."""
+        if gain is None:
+            self.weight.zero_()
+        else:
+            self.weight.copy_(torch.view_as_real(gain.resolve_conj() - layout.is_first.to(gain.device)))
 
     def fit_query(self, query: Tensor, layout: HeadLayout) -> Tensor:
         """Rotary part of the queries (B, T, H, R) -> of the fitted queries, (B, T, H, W_r)."""
-        wide = layout.shape.rotary_dim != query.shape[-1]
-        first, second = query.chunk(2, dim=-1)
-        if wide:
+        if layout.is_wide:
             first, second = query.index_select(-1, layout.rotary_rows).chunk(2, dim=-1)
+            real, imag = self._whole(layout, query.dtype)
+            return torch.cat((first * real - second * imag, second * real + first * imag), dim=-1)
+        first, second = query.chunk(2, dim=-1)
         real, imag = self.weight.to(query.dtype).unbind(-1)
-        own_first, own_second = first, second
-        if wide:
-            own_first, own_second = first * layout.is_first, second * layout.is_first
-        turned = (own_first + first * real - second * imag, own_second + second * real + first * imag)
+        turned = (first + first * real - second * imag, second + second * real + first * imag)
         return torch.cat(turned, dim=-1)
+
+    def _whole(self, layout: HeadLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Real and imaginary part of a wide head's gains, each (H, W_r / 2): one product less per activation."""
+        real, imag = self.weight.unbind(-1)
+        return (real + layout.is_first).to(dtype), imag.to(dtype)
 
     def decode_key(self, shared: Tensor, layout: HeadLayout) -> Tensor:
         """Rotary part of the shared keys (B, T, H, W_r) -> each query head's own key, (B, T, H, R).
@@ -198,13 +208,14 @@ class RotaryGain(nn.Module):
         query. Pairs of one frequency add up.
         """
         first, second = shared.chunk(2, dim=-1)
+        if layout.is_wide:
+            real, imag = self._whole(layout, shared.dtype)
+            own_first = layout.sum_by_frequency(first * real + second * imag)
+            own_second = layout.sum_by_frequency(second * real - first * imag)
+            return torch.cat((own_first, own_second), dim=-1)
         real, imag = self.weight.to(shared.dtype).unbind(-1)
-        turned_first, turned_second = first * real + second * imag, second * real - first * imag
-        if layout.shape.rotary_dim == 2 * self.base_pairs:
-            return torch.cat((first + turned_first, second + turned_second), dim=-1)
-        own_first = layout.sum_by_frequency(first * layout.is_first + turned_first)
-        own_second = layout.sum_by_frequency(second * layout.is_first + turned_second)
-        return torch.cat((own_first, own_second), dim=-1)
+        turned = (first + first * real + second * imag, second + second * real - first * imag)
+        return torch.cat(turned, dim=-1)
 
 
 class HeadMix(nn.Module):
@@ -213,6 +224,18 @@ class HeadMix(nn.Module):
     def __init__(self, num_heads: int, rows: int, columns: int, **factory) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_heads, rows, columns, **factory))
+
+    def read(self, layout: HeadLayout) -> Tensor:
+        """The matrices (H, M, N), float64."""
+        deviation = self.weight.detach().double()
+        return deviation + torch.eye(*deviation.shape[1:]).to(deviation)
+
+    def write(self, matrices: Tensor | None, layout: HeadLayout) -> None:
+        """Make these the matrices; None is the identity's first M rows."""
+        if matrices is None:
+            self.weight.zero_()
+        else:
+            self.weight.copy_(matrices - torch.eye(*matrices.shape[1:]).to(matrices))
 
     def forward(self, heads: Tensor) -> Tensor:
         """(B, T, H, N) -> (B, T, H, M): each head's vector through its matrix."""
@@ -223,14 +246,6 @@ class HeadMix(nn.Module):
         """(B, T, H, M) -> (B, T, H, N): each head's vector through the transpose."""
         mixed = torch.einsum("...hm,hmn->...hn", heads, self.weight.to(heads.dtype))
         return _resized(heads, self.weight.shape[2]) + mixed
-
-
-def first_of_frequency(frequencies: list[int]) -> list[int]:
-    """1 for each pair of a shared head that is the first to turn at its frequency, 0 for the others."""
-    first = []
-    for pair, frequency in enumerate(frequencies):
-        first.append(int(pair == 0 or frequencies[pair - 1] != frequency))
-    return first
 
 
 def _resized(vectors: Tensor, size: int) -> Tensor:

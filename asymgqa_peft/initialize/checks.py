@@ -46,15 +46,16 @@ def check_finite(weights: AttentionWeights) -> None:
 @contextmanager
 def all_or_nothing(model: PeftModel, tuner: AsymGQAModel, adapter_name: str) -> Iterator[None]:
     """On any error or interrupt, put the adapter's tensors and groups back; put back what was active in any case."""
-    groups, config = tuner.head_groups(adapter_name), tuner.peft_config[adapter_name]
+    config, layouts = tuner.peft_config[adapter_name], [site.layout(adapter_name) for site in tuner.sites]
+    groups = [(layout.partition, layout.shape.frequencies) for layout in layouts]
     head_groups, initialized = config.head_groups, config.initialized
     before = {name: tensor.detach().cpu().clone() for name, tensor in _adapter_tensors(model, adapter_name)}
     active, trainable = model.active_adapter, [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
     except BaseException:
-        for site in tuner.sites:
-            site.set_partition(adapter_name, groups.layers[site.layer])
+        for layout, (partition, frequencies) in zip(layouts, groups, strict=True):
+            layout.set_partition(partition, frequencies)
         config.head_groups, config.initialized = head_groups, initialized
         for name, tensor in _adapter_tensors(model, adapter_name):
             tensor.copy_(before[name])

@@ -18,7 +18,7 @@ class InitializationReport:
     Attributes:
         head_groups: groups of base KV heads, per layer.
         grouping, criterion, merge: the adapter's choices.
-        costs: summed cost of the groups, per layer, in the unit of `asymgqa_peft.merge.group_costs`.
+        costs: summed cost of the groups, per layer, in the unit of `asymgqa_peft.method.costs.group_costs`.
         neighbour_costs: the same of contiguous groups.
         similarity_before: per layer (K, K), mean cosine of two heads' keys and values as they are.
         similarity_after: per layer (K, K), how alike two heads are in the best bases; 1 is lossless sharing.

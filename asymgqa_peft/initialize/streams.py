@@ -44,10 +44,9 @@ class Streams:
             if index == len(layers) - 1:
                 raise Stop
 
-        handles = [
-            layer.register_forward_pre_hook(partial(keep, index), with_kwargs=True)
-            for index, layer in enumerate(layers)
-        ]
+        handles = []
+        for index, layer in enumerate(layers):
+            handles.append(layer.register_forward_pre_hook(partial(keep, index), with_kwargs=True))
         device = model.get_input_embeddings().weight.device
         try:
             with _passing_by(layers):
@@ -114,38 +113,40 @@ def _home_of_streams(hidden: Tensor, tokens: int) -> torch.device:
     return hidden.device if needed <= (free + unused) / 2 else torch.device("cpu")
 
 
-def mask_of(batch: dict[str, Tensor]) -> Tensor:
-    """Which tokens of a checked batch count: bool (B, T)."""
-    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-
-
 @contextmanager
 def recording(
-    outputs: Mapping[str, nn.Module], inputs: Mapping[str, nn.Module] | None = None
+    outputs: Mapping[str, nn.Module], inputs: Mapping[str, nn.Module] | None = None, stops: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """Hooks that keep each module's latest output (or first input) under its name; always removed at the end.
 
     Args:
         outputs: name -> module whose output to keep.
         inputs: name -> module whose first positional input to keep.
+        stops: leave the forward, by `Stop`, once all are kept, whatever their order.
 
     Raises:
         ValueError: on a clean exit, if a module never ran: what was meant to be measured was not.
     """
     record: dict[str, Tensor] = {}
     inputs = inputs or {}
+    names = {*outputs, *inputs}
+
+    def keep(name: str, _module: nn.Module, args: tuple, *output: Tensor) -> None:
+        record[name] = output[0] if output else args[0]
+        if stops and record.keys() == names:
+            raise Stop
+
     handles = []
     try:
         for name, module in outputs.items():
-            handles.append(module.register_forward_hook(lambda _m, _args, out, at=name: record.update({at: out})))
+            handles.append(module.register_forward_hook(partial(keep, name)))
         for name, module in inputs.items():
-            handles.append(module.register_forward_pre_hook(lambda _m, args, at=name: record.update({at: args[0]})))
+            handles.append(module.register_forward_pre_hook(partial(keep, name)))
         yield record
     finally:
         for handle in handles:
             handle.remove()
-    silent = [name for name in (*outputs, *inputs) if name not in record]
-    if silent:
+    if silent := sorted(names - record.keys()):
         raise ValueError(
             f"{', '.join(silent)} never ran while calibrating: the model's forward does not call it. "
             "Check that the batches reach this layer and that the adapter wraps the modules the model uses."

@@ -21,19 +21,17 @@ from tqdm.auto import tqdm
 from ..adapter.checks import largest_group
 from ..adapter.model import AsymGQAModel
 from ..adapter.site import AttentionSite, base_layer
-from ..groups import Partition, split_evenly
+from ..groups import split_evenly
 from ..heads import AttentionWeights, SharedShape
 from ..method.costs import group_costs, head_similarity, pair_costs
 from ..method.frequencies import next_eigenvalues, widened_frequencies
 from ..method.merge import merge_layer, merge_notes
 from ..method.refit import OutputRefit
-from ..method.search import search_partition
+from ..method.search import SearchResult, search_partition
 from ..method.statistics import LayerMoments, LayerStatistics, sum_over_ranks
 from .checks import check_finite
 from .report import InitializationReport
-from .streams import Stop, Streams, mask_of, recording
-
-# -------------------------------------------------------------------------------------------------- the walk
+from .streams import Stop, Streams, recording
 
 
 class Walk:
@@ -44,7 +42,7 @@ class Walk:
         self.config = tuner.peft_config[adapter_name]
         self.sites = tuner.sites
         self.shape = self.sites[0].shape
-        self.shared_shape = self.sites[0].shared_shape(adapter_name)
+        self.shared_shape = self.sites[0].layout(adapter_name).shape
         self.cap = largest_group(self.config, self.shape)
         self.layers = [tuner.model.get_submodule(site.name.rpartition(".")[0]) for site in self.sites]
         self.seconds: dict[str, float] = defaultdict(float)
@@ -53,7 +51,9 @@ class Walk:
 
     def check_tokens(self) -> None:
         """Raise ValueError, on all ranks alike, if a rank has no batch or the data cannot tell the heads apart."""
-        tokens = sum(int(mask_of(batch).sum()) for batch in self.streams.batches)
+        tokens = 0
+        for batch, mask in zip(self.streams.batches, self.streams.masks, strict=True):
+            tokens += batch["input_ids"].numel() if mask is None else int(mask.bool().sum())
         counts = torch.tensor([float(bool(self.streams.batches)), float(tokens)], dtype=torch.float64)
         sum_over_ranks([counts])
         ranks, self.tokens = int(counts[0]), int(counts[1])
@@ -71,21 +71,26 @@ class Walk:
 
     def run(self, progress: bool) -> InitializationReport:
         """Walk all layers; the model holds the result."""
-        torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         with self._timed("capture"), self.model.disable_adapter():
             self.streams.capture(self.tuner.model, self.layers)
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer) and self.adapter in layer.lora_B and _plain_start(self.config):
                 _write_lora(layer, self.adapter, None)
         self._choose_frequencies()
-        costs, neighbour_costs, similarities = [], [], []
+        costs, neighbour_costs, before, after = [], [], [], []
         bar = tqdm(self.sites, desc="initialising layers", unit="layer", disable=not progress or _rank() != 0)
         for site in bar:
-            cost, neighbour_cost, similarity = self._layer(site)
-            costs.append(cost)
-            neighbour_costs.append(neighbour_cost)
-            similarities.append([matrix.tolist() for matrix in similarity])
-            bar.set_postfix(cost=f"{cost:.4f}", neighbour=f"{neighbour_cost:.4f}")
+            try:
+                found, similarity = self._convert(site)
+            except ValueError as error:
+                raise ValueError(f"layer {site.layer}: {error}") from error
+            costs.append(found.cost)
+            neighbour_costs.append(found.neighbour_cost)
+            before.append(similarity[0].tolist())
+            after.append(similarity[1].tolist())
+            bar.set_postfix(cost=f"{found.cost:.4f}", neighbour=f"{found.neighbour_cost:.4f}")
         self.tuner.record_head_groups(self.adapter)
         self.config.initialized = True
         return InitializationReport(
@@ -95,8 +100,8 @@ class Walk:
             merge=self.config.merge,
             costs=costs,
             neighbour_costs=neighbour_costs,
-            similarity_before=[before for before, _ in similarities],
-            similarity_after=[after for _, after in similarities],
+            similarity_before=before,
+            similarity_after=after,
             tokens=self.tokens,
             seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             search_seconds=round(self.search_seconds, 3),
@@ -114,47 +119,42 @@ class Walk:
         if wanted.head_dim % base.head_dim == 0 or not wanted.frequencies:
             return
         self.shared_shape = SharedShape.of_width(base, wanted.head_dim // base.head_dim * base.head_dim)
-        start, energies = list(self.streams.original), []
+        streams = self.streams
+        start, energies = list(streams.original), []
         with self._timed("frequencies"):
             for site in self.sites:
                 moments = self._moments(site, site.weights())
-                partition, *_ = self._search(moments, site.layer)
-                energies.append(next_eigenvalues(moments, partition, self.shared_shape))
+                found, _ = self._search(moments, site.layer)
+                energies.append(next_eigenvalues(moments, found.partition, self.shared_shape))
                 with self.model.disable_adapter():
-                    for batch, call in self.streams.through(
-                        self.layers[site.layer], site.layer, self.streams.original
-                    ):
-                        self.streams.original[batch] = call().to(self.streams.home)
-        self.streams.original = start
+                    self._advance(site.layer, streams.original)
+        streams.original = start
         frequencies = widened_frequencies(energies, self.shared_shape, len(wanted.frequencies))
         self.shared_shape = replace(wanted, frequencies=frequencies)
 
-    def _layer(self, site: AttentionSite) -> tuple[float, float, tuple[Tensor, Tensor]]:
-        index = site.layer
-        try:
-            weights = site.weights()
-            check_finite(weights)
-            with self._timed("statistics"):
-                moments = self._moments(site, weights)
-            found, targets = self._groups_and_targets(site, moments, on_gpu=weights.output.is_cuda)
-            partition, cost, neighbour_cost, similarity = found
-            with self._timed("merge"):
-                merged = merge_layer(moments, weights, partition, self.shared_shape, self.config.merge)
-                site.write(self.adapter, merged)
-                for note in merge_notes(site.shape, self.config.merge):
-                    self.notes[note].append(site.layer)
-            del moments
-            with self._timed("refit"):
-                self._refit(site, weights.output, targets)
-        except ValueError as error:
-            raise ValueError(f"layer {index}: {error}") from error
-        return cost, neighbour_cost, similarity
+    def _convert(self, site: AttentionSite) -> tuple[SearchResult, tuple[Tensor, Tensor]]:
+        """Group, merge and refit one layer; what `_search` found."""
+        weights = site.weights()
+        check_finite(weights)
+        with self._timed("statistics"):
+            moments = self._moments(site, weights)
+        (found, similarity), targets = self._groups_and_targets(site, moments, on_gpu=weights.output.is_cuda)
+        with self._timed("merge"):
+            site.write(
+                self.adapter, merge_layer(moments, weights, found.partition, self.shared_shape, self.config.merge)
+            )
+            for note in merge_notes(site.shape, self.config.merge):
+                self.notes[note].append(site.layer)
+        del moments
+        with self._timed("refit"):
+            self._refit(site, weights.output, targets)
+        return found, similarity
 
     def _groups_and_targets(
         self, site: AttentionSite, moments: LayerMoments, on_gpu: bool
-    ) -> tuple[tuple, list[Tensor]]:
+    ) -> tuple[tuple[SearchResult, tuple[Tensor, Tensor]], list[Tensor]]:
         """What `_search` finds, and the refit's targets; a GPU computes those and their streams in the meantime."""
-        index = site.layer
+        index, streams = site.layer, self.streams
         with ThreadPoolExecutor(1) as beside:
             searching = beside.submit(self._search, moments, index)
             if not on_gpu:  # the streams would need the same cores
@@ -162,24 +162,23 @@ class Walk:
                     wait([searching])
             if index:
                 with self._timed("converted stream"):
-                    self._advance(index - 1)
+                    self._advance(index - 1, streams.current)
+                    del streams.calls[index - 1]
             with self._timed("targets"):
                 targets = self._targets(site)
             with self._timed("search"):
                 return searching.result(), targets
 
-    def _advance(self, index: int) -> None:
-        """Advance the current stream by one converted layer, which nothing runs after."""
-        streams = self.streams
-        for batch, call in streams.through(self.layers[index], index, streams.current):
-            streams.current[batch] = call().to(streams.home)
-        del streams.calls[index]
+    def _advance(self, index: int, stream: list[Tensor]) -> None:
+        """Advance a stream by one layer."""
+        for batch, call in self.streams.through(self.layers[index], index, stream):
+            stream[batch] = call().to(self.streams.home)
 
     def _moments(self, site: AttentionSite, weights: AttentionWeights) -> LayerMoments:
         """The layer's statistics on the original stream, on the CPU; projections run, attention and MLP do not."""
         statistics = LayerStatistics(site.shape, weights.output.device)
         sources = site.sources()
-        with self.model.disable_adapter(), recording(sources) as record, _stopping_at_last(sources, record):
+        with self.model.disable_adapter(), recording(sources, stops=True) as record:
             for batch, call in self.streams.through(self.layers[site.layer], site.layer, self.streams.original):
                 record.clear()
                 with suppress(Stop):
@@ -192,52 +191,54 @@ class Walk:
 
     def _targets(self, site: AttentionSite) -> list[Tensor]:
         """Advance the original stream by one layer; what the refit aims at, per batch."""
-        streams, bias = self.streams, base_layer(site.output).bias
-        targets = []
+        streams, bias, targets = self.streams, base_layer(site.output).bias, []
         with self.model.disable_adapter(), recording({"output": site.output}) as record:
             for batch, call in streams.through(self.layers[site.layer], site.layer, streams.original):
                 entering, streams.original[batch] = streams.original[batch], call().to(streams.home)
-                target = (record["output"] if bias is None else record["output"] - bias).to(streams.home)
-                targets.append(target + self._drift(site, entering, streams.current[batch]))
+                target = record["output"]
+                if bias is not None:
+                    target = target - bias
+                target = target.to(streams.home)
+                if site.family.plain_residual:
+                    # o_proj's output is added to the stream, so the refit can make up for what earlier layers lost.
+                    target = target + (entering - streams.current[batch])
+                targets.append(target)
         return targets
 
-    def _drift(self, site: AttentionSite, original: Tensor, current: Tensor) -> Tensor | float:
-        """What the converted stream has lost on the original one before this layer.
+    def _search(self, moments: LayerMoments, index: int) -> tuple[SearchResult, tuple[Tensor, Tensor]]:
+        """The layer's groups, kept if they need no data and searched otherwise, and how alike heads are.
 
-        o_proj's output is added to the stream, so the refit can make up for earlier layers too.
+        On the CPU, in threads.
         """
-        return original - current if site.family.plain_residual else 0.0
-
-    def _search(self, moments: LayerMoments, index: int) -> tuple[Partition, float, float, tuple[Tensor, Tensor]]:
-        """The layer's groups, their cost, that of neighbours, and how alike heads are; on the CPU, in threads."""
         start = time.perf_counter()
+        config, kv_heads = self.config, self.shape.base_kv_heads
         quick = moments.for_search()
-        principal = pair_costs(quick, "residual", "principal")
-        groups = self._group(quick if self.config.merge == "principal" else moments, principal, index)
+        principal = pairs = pair_costs(quick, "residual", "principal")
         similarity = head_similarity(moments, principal)
-        self.search_seconds += time.perf_counter() - start
-        return *groups, similarity
-
-    def _group(self, moments: LayerMoments, principal: Tensor, index: int) -> tuple[Partition, float, float]:
-        """The layer's groups: kept if they need no data, searched otherwise. `principal`: principal pair costs."""
-        config, shape = self.config, self.shape
-        costs = partial(group_costs, moments, shape=self.shared_shape, criterion=config.criterion, merge=config.merge)
+        if config.merge == "principal":
+            moments = quick
+        choices = {"criterion": config.criterion, "merge": config.merge}
+        costs = partial(group_costs, moments, shape=self.shared_shape, **choices)
         if config.grouping in ("symmetric", "asymmetric"):
-            known = (config.criterion, config.merge) == ("residual", "principal")
+            if choices != {"criterion": "residual", "merge": "principal"}:
+                pairs = pair_costs(moments, **choices)
             found = search_partition(
                 costs,
-                shape.base_kv_heads,
+                kv_heads,
                 config.num_key_value_heads,
                 self.cap,
                 symmetric=config.grouping == "symmetric",
                 seed=config.seed,
-                pair_costs=principal if known else pair_costs(moments, config.criterion, config.merge),
-                exact_pairs=self.shared_shape.head_dim == shape.head_dim,
+                pair_costs=pairs,
+                exact_pairs=self.shared_shape.head_dim == self.shape.head_dim,
             )
-            return found.partition, found.cost, found.neighbour_cost
-        partition = self.tuner.head_groups(self.adapter).layers[index]
-        neighbour = split_evenly(range(shape.base_kv_heads), config.num_key_value_heads)
-        return partition, costs(partition).sum().item(), costs(neighbour).sum().item()
+        else:
+            partition = self.sites[index].layout(self.adapter).partition
+            neighbour = split_evenly(range(kv_heads), config.num_key_value_heads)
+            cost, neighbour_cost = costs(partition).sum().item(), costs(neighbour).sum().item()
+            found = SearchResult(partition, cost, neighbour_cost, evaluations=0)
+        self.search_seconds += time.perf_counter() - start
+        return found, similarity
 
     def _refit(self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor | None]) -> None:
         """Start o_proj's LoRA from the least-squares fit of the targets on the converted stream; uses them up."""
@@ -288,27 +289,9 @@ class Walk:
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        torch.cuda.synchronize() if torch.cuda.is_available() else None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.seconds[stage] += time.perf_counter() - start
-
-
-# ------------------------------------------------------------------------------------------- reading the model
-
-
-@contextmanager
-def _stopping_at_last(sources: dict[str, nn.Module], record: dict[str, Tensor]) -> Iterator[None]:
-    """Leave the forward once all sources are recorded, whatever their order."""
-
-    def stop(*_) -> None:
-        if record.keys() == sources.keys():
-            raise Stop
-
-    handles = [module.register_forward_hook(stop) for module in sources.values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def peak_memory() -> int:
@@ -335,13 +318,10 @@ def _ranges(numbers: list[int]) -> str:
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
+            runs[-1][1:] = [number]
         else:
             runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-# ----------------------------------------------------------------------------------------- changing the model
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def _plain_start(config) -> bool:
@@ -354,8 +334,9 @@ def _write_lora(layer: LoraLayer, adapter_name: str, factors: tuple[Tensor, Tens
     lora_a, lora_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     lora_b.zero_()
     if factors is not None:
-        lora_a[: len(factors[0])].copy_(factors[0])
-        lora_b[:, : len(factors[0])].copy_(factors[1])
+        rank = len(factors[0])
+        lora_a[:rank].copy_(factors[0])
+        lora_b[:, :rank].copy_(factors[1])
     magnitude = getattr(layer, "lora_magnitude_vector", {})
     if adapter_name in magnitude:  # DoRA: its norm has to follow, or it rescales the refit
         magnitude[adapter_name].update_layer(

@@ -37,11 +37,6 @@ def group_costs(
     values, averaged; a lone head costs 0. Minimising the sum maximises the mean over heads of the cosine to their
     group mates, a lone head counting as 1.
 
-    Args:
-        moments: what calibration found.
-        groups: candidate groups of base KV heads.
-        shape: of the shared heads.
-        criterion, merge: what counts as a cost.
     """
     costs = torch.zeros(len(groups), dtype=torch.float64, device=moments.key_gram.device)
 

@@ -13,9 +13,6 @@ TINY = 1e-60
 """Least eigenvalue of a metric that is zero altogether."""
 
 
-# ----------------------------------------------------------------------------------------- products of activations
-
-
 def product_dtype(activation: Tensor) -> torch.dtype:
     """dtype of products of activations: float64, float32 for those of 16 bits, whose products it holds exactly."""
     if activation.dtype in (torch.float32, torch.float64):
@@ -40,9 +37,6 @@ def products(left: Tensor, right: Tensor) -> Tensor:
     return left.to(dtype) @ right.to(dtype)
 
 
-# -------------------------------------------------------------------------------------------------------- blocks
-
-
 def blocks_of(matrix: Tensor, members: Tensor, size: int) -> Tensor:
     """Rows and columns of the members' blocks: (K N, K N) of blocks of N, members (b, n) -> (b, n N, n N)."""
     rows = (members[:, :, None] * size + torch.arange(size, device=members.device)).flatten(1)
@@ -53,9 +47,6 @@ def times_blocks(matrix: Tensor, blocks: Tensor) -> Tensor:
     """(b, M, n N) times the block diagonal of (b, n, N, C): (b, M, n C)."""
     count, size = blocks.shape[1:3]
     return torch.einsum("bmnd,bndc->bmnc", matrix.unflatten(-1, (count, size)), blocks).flatten(-2)
-
-
-# ------------------------------------------------------------------------------------------ eigenvalues and roots
 
 
 def energy(left_over: Tensor, second: Tensor) -> Tensor:

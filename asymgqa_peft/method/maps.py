@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..choices import Merge
-from ..heads import part_members
+from ..heads import part_members, selection
 from .linalg import energy, times_blocks
 
 Maps = tuple[Tensor, Tensor]
@@ -93,6 +93,4 @@ def pair_parts(size: int, frequencies: Sequence[int]) -> Tensor:
 
 def vector_parts(size: int, dim: int, sources: Sequence[int]) -> Tensor:
     """`mean_heads`' own decode of pass-through keys or values, for a group of ``size`` heads: (n, N, M) of 0 and 1."""
-    stands_for = torch.zeros(dim, len(sources), dtype=torch.float64)
-    stands_for[list(sources), range(len(sources))] = 1.0
-    return pair_parts(size, sources)[:, None, :] * stands_for
+    return selection(pair_parts(size, sources), sources, dim)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..choices import Merge, check_width
 from ..groups import Group, Partition, query_heads
-from ..heads import AttentionWeights, HeadShape, SharedHeads, SharedShape, mean_heads
+from ..heads import AttentionWeights, HeadShape, SharedHeads, SharedShape, join_bias, mean_heads, split_bias
 from .aligned import Aligned
 from .maps import Maps, MergeRule
 from .mean import Mean
@@ -25,13 +25,8 @@ def merge_layer(
 ) -> SharedHeads:
     """Merge one layer's K and V by ``partition``.
 
-    Args:
-        moments: what calibration found; None will do for merge="mean".
-        weights: the base's projections.
-        partition: groups of base KV heads.
-        shape: of the shared heads.
-        merge: "mean", "aligned" or "principal". Where a norm or clamp pins the heads' basis (``free_keys`` or
-            ``free_values`` of the base's shape is False) the mean is taken; `merge_notes` says so.
+    Where a norm or clamp pins the heads' basis (``free_keys`` or ``free_values`` of the base's shape is False) the
+    mean is taken, whatever ``merge``; `merge_notes` says so. ``moments`` may be None for the mean.
 
     Returns:
         Shared heads: in float64 what statistics decide, and as `mean_heads` gives them the means.
@@ -88,19 +83,21 @@ def _with_keys(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, weigh
 
     rows = []
     for group, (rotary, passing) in zip(heads.partition, map_in_threads(maps, heads.partition), strict=True):
-        queries = query_heads(group, base.queries_per_kv)
+        queries, members = query_heads(group, base.queries_per_kv), key[list(group)]
         encode, decode = rotary
-        shared = [*_encode_rotary(key[list(group), : base.rotary_dim], encode, shape)]
+        real, imaginary = members[:, list(shape.rotary_sources)].chunk(2, dim=1)
+        turned = torch.einsum("jn,nje->je", encode, torch.complex(real.contiguous(), imaginary.contiguous()))
+        shared = [turned.real, turned.imag]
         # Re(q conj(b s)) = Re(q conj(b) conj(s)): the query's gain is conj(b).
         query_gain[queries] = decode.conj().T.repeat_interleave(base.queries_per_kv, 0)
         if passing is not None:
             encode, decode = passing
-            shared.append(encode @ key[list(group), base.rotary_dim :].flatten(0, 1))
+            shared.append(encode @ members[:, base.rotary_dim :].flatten(0, 1))
             # q . (B s) = (B^T q) . s: the query's mix is B^T.
             mix = decode.unflatten(0, (len(group), base.pass_dim)).mT
             query_mix[queries] = mix.repeat_interleave(base.queries_per_kv, 0)
         rows.append(torch.cat(shared))
-    weight, bias = _split_bias(torch.stack(rows), weights.key_bias)
+    weight, bias = split_bias(torch.stack(rows), weights.key_bias)
     return replace(
         heads,
         key=weight,
@@ -126,7 +123,7 @@ def _with_values(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, wei
         # v = B s: the value's mix is B.
         mix = decode.unflatten(0, (len(group), base.head_dim))
         value_mix[query_heads(group, base.queries_per_kv)] = mix.repeat_interleave(base.queries_per_kv, 0)
-    weight, bias = _split_bias(torch.stack(rows), weights.value_bias)
+    weight, bias = split_bias(torch.stack(rows), weights.value_bias)
     return replace(heads, value=weight, value_bias=bias, value_mix=value_mix)
 
 
@@ -137,20 +134,5 @@ def _of_one_group(maps: Maps, device: torch.device) -> Maps:
 
 
 def _rows_of_heads(weight: Tensor, bias: Tensor | None, shape: HeadShape) -> Tensor:
-    """(K D, E) and (K D,) -> (K, D, E + 1) float64: a bias is one more column and follows every change of basis."""
-    if bias is not None:
-        weight = torch.cat((weight, bias.unsqueeze(1)), dim=1)
-    return weight.double().unflatten(0, (shape.base_kv_heads, shape.head_dim))
-
-
-def _encode_rotary(key: Tensor, encode: Tensor, shape: SharedShape) -> tuple[Tensor, Tensor]:
-    """Members' rotary rows (n, R, E) and encode (J, n) -> the shared head's real and imaginary rows, (J, E) each."""
-    real, imaginary = key.unflatten(1, (2, -1))[:, :, list(shape.frequencies)].unbind(1)
-    shared = torch.einsum("jn,nje->je", encode, torch.complex(real.contiguous(), imaginary.contiguous()))
-    return shared.real, shared.imag
-
-
-def _split_bias(rows: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if bias is None:
-        return rows, None
-    return rows[..., :-1].contiguous(), rows[..., -1].contiguous()
+    """(K D, E) and (K D,) -> (K, D, E + 1) float64."""
+    return join_bias(weight, bias).double().unflatten(0, (shape.base_kv_heads, shape.head_dim))

@@ -74,20 +74,17 @@ class PartitionSpace:
 
     def exchanges(self, partition: Partition) -> list[Partition]:
         """Every swap of two heads and every move of one head that the sizes admit, as `exchanged` gives them."""
-        heads = range(self.base_kv_heads)
         group_of = {}
         for index, group in enumerate(partition):
             group_of.update(dict.fromkeys(group, index))
         found = []
-        for head in heads:
+        for head in range(self.base_kv_heads):
             own = group_of[head]
-            for target in heads[head + 1 :]:
+            for target in range(head + 1, self.base_kv_heads):
                 if group_of[target] != own:
                     found.append(self.exchanged(partition, head, target))
-            if len(partition[own]) == self.least:
-                continue
             for index, group in enumerate(partition):
-                if index != own and len(group) < self.greatest:
+                if index != own and len(partition[own]) > self.least and len(group) < self.greatest:
                     found.append(self.exchanged(partition, head, self.base_kv_heads + index))
         return found
 
@@ -97,9 +94,9 @@ class PartitionSpace:
         Each group stands where the one it came from stood; the groups are not sorted.
         """
         groups = [set(group) for group in partition]
-        own = _holding(groups, head)
+        own = next(group for group in groups if head in group)
         if target < self.base_kv_heads:
-            joined = _holding(groups, target)
+            joined = next(group for group in groups if target in group)
             joined.remove(target)
             own.add(target)
         else:
@@ -107,8 +104,3 @@ class PartitionSpace:
         own.remove(head)
         joined.add(head)
         return tuple(tuple(sorted(group)) for group in groups)
-
-
-def _holding(groups: list[set[int]], head: int) -> set[int]:
-    """The group that holds the head."""
-    return next(group for group in groups if head in group)

@@ -1,8 +1,8 @@
 """Which base KV heads to put together: minimise the summed cost of the groups of a partition.
 
-The cost of a group is a black box here (`costs` knows what a group loses), and an expensive one: an eigenproblem of
-|S| D dimensions. Groups are therefore evaluated in batches and never twice, and a cheap surrogate made of pair costs
-decides which groups are worth an evaluation at all.
+The cost of a group is a black box here, and an expensive one: an eigenproblem of |S| D dimensions. Groups are
+therefore evaluated in batches and never twice, and a cheap surrogate made of pair costs decides which groups are worth
+an evaluation at all.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Score = Callable[[Sequence[Group]], list[float]]  # the same with a memory: exac
 EXHAUSTIVE_HEADS = 8  # at most Bell(8) = 4140 partitions made of 255 groups: look at all of them
 RESTARTS = 8  # random starts of the local search
 EXACT_BUDGET = 128  # evaluate no further exchanges exactly once so many groups have been
+WIDE_BUDGET = 48  # the same of wide heads, whose groups matter less and whose costs take eigenvalues of larger blocks
 FINALISTS = 4  # surrogate optima to compare exactly
 CONFIRM = 8  # exchanges to evaluate exactly at a time, most promising first
 CALIBRATION_DRAWS = 2  # greedy and random groups per size that fit the surrogate's scale
@@ -70,8 +71,7 @@ def search_partition(
     Args:
         costs: maps a list of n groups (sorted tuples of int) to n costs, float64 on CPU. Called with at most `BATCH`
             groups at a time, in order of size, and never twice with the same group.
-        base_kv_heads: K, heads to partition.
-        num_groups: G.
+        base_kv_heads, num_groups: K and G.
         max_group_size: cap on a group's size, in heads; at least ceil(K / G).
         symmetric: equal sizes K / G instead of sizes in 1..max_group_size.
         seed: of the random starts.
@@ -82,7 +82,7 @@ def search_partition(
         ValueError: if no partition meets the bounds, or a cost is not finite.
     """
     space = PartitionSpace.checked(base_kv_heads, num_groups, max_group_size, symmetric)
-    exact = ExactCosts(costs)
+    exact = ExactCosts(costs, EXACT_BUDGET if exact_pairs else WIDE_BUDGET)
     if base_kv_heads <= EXHAUSTIVE_HEADS:
         candidates = list(space.partitions(tuple(range(base_kv_heads)), num_groups))
         best = _cheapest(space, candidates, exact, _tolerance(candidates, exact))
@@ -90,8 +90,8 @@ def search_partition(
         surrogate = PairSurrogate(pair_costs, base_kv_heads)
         if space.least < space.greatest:
             # With a single size, a scale per size would change nothing.
-            smallest = 3 if exact_pairs else 2
-            surrogate.calibrate(exact, range(smallest, space.greatest + 1), random.Random(seed))
+            smallest, draws = (3, CALIBRATION_DRAWS) if exact_pairs else (2, 1)
+            surrogate.calibrate(exact, range(smallest, space.greatest + 1), draws, random.Random(seed))
         best = _search_by_surrogate(space, exact, surrogate, seed)
     cost, neighbour_cost = _totals([best, space.neighbour], exact)
     return SearchResult(best, cost, neighbour_cost, exact.evaluations)
@@ -100,25 +100,28 @@ def search_partition(
 class ExactCosts:
     """The cost function with a memory, called in batches."""
 
-    def __init__(self, costs: CostFunction):
+    def __init__(self, costs: CostFunction, budget: int):
         self._costs = costs
+        self.budget = budget  # groups after which no further exchange is evaluated
         self._known: dict[Group, float] = {}
 
     def __call__(self, groups: Sequence[Group]) -> list[float]:
         # In order of size, so that a batched eigensolver finds equal shapes side by side.
         missing = sorted(set(groups).difference(self._known), key=lambda group: (len(group), group))
         for start in range(0, len(missing), BATCH):
-            self._evaluate(missing[start : start + BATCH])
+            batch = missing[start : start + BATCH]
+            costs = self._costs(batch)
+            if costs.shape != (len(batch),):
+                raise ValueError(
+                    f"costs returned shape {tuple(costs.shape)} for {len(batch)} groups: return one each."
+                )
+            for group, cost in zip(batch, costs.tolist(), strict=True):
+                if not math.isfinite(cost):
+                    raise ValueError(
+                        f"The cost of grouping heads {group} is {cost}: look for NaN or inf in activations."
+                    )
+                self._known[group] = cost
         return [self._known[group] for group in groups]
-
-    def _evaluate(self, groups: list[Group]) -> None:
-        values = self._costs(groups)
-        if values.shape != (len(groups),):
-            raise ValueError(f"costs returned shape {tuple(values.shape)} for {len(groups)} groups: return one each.")
-        for group, value in zip(groups, values.tolist(), strict=True):
-            if not math.isfinite(value):
-                raise ValueError(f"The cost of grouping heads {group} is {value}: look for NaN or inf in activations.")
-            self._known[group] = value
 
     def knows(self, groups: Sequence[Group]) -> bool:
         """Whether every one of the groups has been evaluated."""
@@ -149,32 +152,22 @@ class PairSurrogate:
         upper = pair_costs.to("cpu", torch.float64).triu(1)
         self.matrix = upper + upper.T  # (K, K)
         self._pairs = self.matrix.tolist()
-        self._scale: dict[int, float] = {}
+        # By size of the group, what the summed cost of its pairs is multiplied by; K + 1 for a move into all others.
+        self.weights = [0.0] + [2 / size for size in range(1, base_kv_heads + 2)]
         self._known: dict[Group, float] = {}
 
     def __call__(self, groups: Sequence[Group]) -> list[float]:
         for group in groups:
             if group not in self._known:
                 pairs = sum(self._pairs[i][j] for i, j in combinations(group, 2))
-                self._known[group] = self._weight(len(group)) * pairs
+                self._known[group] = self.weights[len(group)] * pairs
         return [self._known[group] for group in groups]
 
-    def _weight(self, size: int) -> float:
-        return self._scale.get(size, 1.0) * 2 / size
-
-    @property
-    def weights(self) -> torch.Tensor:
-        """(K + 2,): by size of the group, what the summed cost of its pairs is multiplied by."""
-        weights = torch.zeros(len(self._pairs) + 2, dtype=torch.float64)
-        for size in range(1, len(weights)):
-            weights[size] = self._weight(size)
-        return weights
-
-    def calibrate(self, exact: ExactCosts, sizes: range, generator: random.Random) -> None:
+    def calibrate(self, exact: ExactCosts, sizes: range, draws: int, generator: random.Random) -> None:
         """Fit the scale of every size to the exact costs of groups grown greedily and of random ones."""
         heads = range(len(self._pairs))
         orders = []
-        for _ in range(CALIBRATION_DRAWS):
+        for _ in range(draws):
             orders.append(self._nearest_first(generator.choice(heads), sizes.stop - 1))
             orders.append(generator.sample(heads, len(heads)))
         samples = {}
@@ -182,13 +175,11 @@ class PairSurrogate:
             samples[size] = [tuple(sorted(order[:size])) for order in orders]
         # One round of batches for all sizes; below, costs are looked up.
         exact(list(chain.from_iterable(samples.values())))
-        scale = {}
         for size, groups in samples.items():
             estimated = math.fsum(self(groups))
             # The scale may be zero: a wide head holds small groups without loss.
             if estimated > 0:
-                scale[size] = math.fsum(exact(groups)) / estimated
-        self._scale = scale
+                self.weights[size] = math.fsum(exact(groups)) / estimated * 2 / size
         self._known.clear()
 
     def _nearest_first(self, head: int, count: int) -> list[int]:
@@ -228,13 +219,14 @@ def descend(
     while active:
         changes = _changes_by_pairs(space, [ends[index] for index in active], surrogate)
         limit = changes.amin((1, 2), keepdim=True) + tolerance
-        tied: dict[int, list[Partition]] = {}
+        best: dict[int, Partition] = {}
         for row, head, target in ((changes < -tolerance) & (changes <= limit)).nonzero().tolist():
-            exchange = space.exchanged(ends[active[row]], head, target)
-            tied.setdefault(active[row], []).append(tuple(sorted(exchange)))
-        for index, results in tied.items():
-            ends[index] = min(results)
-        active = list(tied)
+            index = active[row]
+            exchange = tuple(sorted(space.exchanged(ends[index], head, target)))
+            best[index] = min(best.get(index, exchange), exchange)
+        for index, exchange in best.items():
+            ends[index] = exchange
+        active = list(best)
     return ends
 
 
@@ -248,7 +240,7 @@ def _changes_by_pairs(
             labels[row, list(group)] = index
     member = torch.nn.functional.one_hot(labels, space.num_groups).double()  # (n, K, G)
     sizes = member.sum(1).long()  # (n, G)
-    weights = surrogate.weights
+    weights = torch.tensor(surrogate.weights, dtype=torch.float64)
     near = surrogate.matrix @ member  # (n, K, G): pairs of head i with the heads of group g
     within = (near * member).sum(1) / 2  # (n, G): pairs inside group g
     own_size, own_within = sizes.gather(1, labels), within.gather(1, labels)  # (n, K)
@@ -272,24 +264,20 @@ def _refine(
     space: PartitionSpace, partition: Partition, surrogate: PairSurrogate, exact: ExactCosts, tolerance: float
 ) -> Partition:
     """Descend by exact costs within the budget, trying first the exchanges that the surrogate ranks first."""
-    while True:
+    best: Partition | None = partition
+    while best is not None:
+        partition, best = best, None
         exchanges = space.exchanges(partition)
         expected = [_expected_change(partition, exchange, surrogate, exact) for exchange in exchanges]
-        ranked = _ranked(exchanges, expected, tolerance)
-        known, untried = [], []
-        for exchange in ranked:
-            if exact.knows(exchange):
-                known.append(exchange)
-            else:
-                untried.append(exchange)
         # What is known costs nothing to look at.
+        known, untried = [], []
+        for exchange in _ranked(exchanges, expected, tolerance):
+            (known if exact.knows(exchange) else untried).append(exchange)
         best = _best_exchange(partition, known, exact, tolerance)
-        while best is None and untried and exact.evaluations < EXACT_BUDGET:
+        while best is None and untried and exact.evaluations < exact.budget:
             best = _best_exchange(partition, untried[:CONFIRM], exact, tolerance)
             untried = untried[CONFIRM:]
-        if best is None:
-            return partition
-        partition = best
+    return partition
 
 
 def _expected_change(partition: Partition, exchange: Partition, surrogate: PairSurrogate, exact: ExactCosts) -> float:
@@ -334,7 +322,7 @@ def _agglomerate(space: PartitionSpace, score: Score) -> Partition:
         if not pairs:
             # Every union would be too large, e.g. five groups of four under a cap of six.
             return _dissolve(space, groups, score)
-        first, second = pairs[_argmin(_union_costs(pairs, score))]
+        first, second = _cheapest_union(pairs, score)
         groups.remove(first)
         groups.remove(second)
         groups.append(_united(first, second))
@@ -347,18 +335,18 @@ def _dissolve(space: PartitionSpace, groups: Sequence[Group], score: Score) -> P
     kept, dissolved = by_size[: space.num_groups], by_size[space.num_groups :]
     for head in sorted(chain.from_iterable(dissolved)):
         pairs = [(group, (head,)) for group in kept if len(group) < space.greatest]
-        group, _ = pairs[_argmin(_union_costs(pairs, score))]
+        group, _ = _cheapest_union(pairs, score)
         kept[kept.index(group)] = _united(group, (head,))
     return tuple(sorted(kept))
 
 
-def _union_costs(pairs: Sequence[tuple[Group, Group]], score: Score) -> list[float]:
-    """What uniting each pair of groups adds to the summed cost."""
-    costs = []
+def _cheapest_union(pairs: Sequence[tuple[Group, Group]], score: Score) -> tuple[Group, Group]:
+    """The pair of groups whose union adds least to the summed cost."""
+    added = []
     for first, second in pairs:
         union, alone, other = score([_united(first, second), first, second])
-        costs.append(union - alone - other)
-    return costs
+        added.append(union - alone - other)
+    return pairs[_argmin(added)]
 
 
 def _cheapest(space: PartitionSpace, candidates: Sequence[Partition], score: Score, tolerance: float) -> Partition:
@@ -387,9 +375,10 @@ def _totals(partitions: Sequence[Partition], score: Score) -> list[float]:
 
 def _ranked(partitions: Sequence[Partition], values: Sequence[float], tolerance: float) -> list[Partition]:
     """Partitions by value; those of equal value, on a grid that is coarser than noise, in order of groups."""
-    grid = tolerance or 1.0
-    steps = [round(value / grid) for value in values]
-    return [partition for _, partition in sorted(zip(steps, partitions, strict=True))]
+    keyed = []
+    for value, partition in zip(values, partitions, strict=True):
+        keyed.append((round(value / (tolerance or 1.0)), partition))
+    return [partition for _, partition in sorted(keyed)]
 
 
 def _argmin(values: Sequence[float]) -> int:

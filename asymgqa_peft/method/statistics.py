@@ -105,29 +105,15 @@ class LayerMoments:
 class LayerStatistics:
     """Accumulates one layer's sums over batches, in float64; a batch's products are those of `outer_sum`.
 
-    Args:
-        shape: the layer's shape.
-        device: where the sums live; batches may come from any device.
+    Attributes:
+        token_count: (1,) tokens that counted.
+        query_energy: (F, K) sum of |q_f|^2 over tokens and over the query heads of each KV head.
+        query_pass: (K, P, P) sum of q q^T of the pass-through queries, over the query heads of each KV head.
+        key_gram: (F, K, K) complex, sum of kappa_k conj(kappa_l) of the complex keys.
+        key_pass, key_pass_sum: (K P, K P) sum of outer products of the pass-through keys, and (K P,) their sum.
+        value_outer: (K D, K D) sum of outer products of the values.
+        key_cosine, value_cosine: (K, K) sum of the cosines between two heads' keys, and values.
     """
-
-    token_count: Tensor
-    """(1,) tokens that counted."""
-    query_energy: Tensor
-    """(F, K) sum of |q_f|^2 over tokens and over the query heads of each KV head."""
-    query_pass: Tensor
-    """(K, P, P) sum of q q^T of the pass-through queries, over the query heads of each KV head."""
-    key_gram: Tensor
-    """(F, K, K) complex, sum of kappa_k conj(kappa_l) of the complex keys."""
-    key_pass: Tensor
-    """(K P, K P) sum of outer products of the pass-through keys."""
-    key_pass_sum: Tensor
-    """(K P,) sum of the pass-through keys, which their covariance takes away."""
-    value_outer: Tensor
-    """(K D, K D) sum of outer products of the values."""
-    key_cosine: Tensor
-    """(K, K) sum of the cosines between two heads' keys."""
-    value_cosine: Tensor
-    """(K, K) sum of the cosines between two heads' values."""
 
     def __init__(self, shape: HeadShape, device: torch.device | str = "cpu"):
         self.shape = shape

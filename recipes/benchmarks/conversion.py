@@ -1,6 +1,7 @@
 r"""Where the seconds of a conversion go: every stage of `initialize_asymgqa_weights` on a model of true shape.
 
     python recipes/benchmarks/conversion.py --device cuda                                     # Llama-2-7B, 32 -> 8
+    python recipes/benchmarks/conversion.py --device cuda --groups 4 --head-dim 256
     python recipes/benchmarks/conversion.py --device cuda --shape llama-3.1-8b --groups 4
     python recipes/benchmarks/conversion.py --device cuda --layers 3 --profile --pieces       # a part, extrapolated
 
@@ -89,7 +90,8 @@ def build(config: LlamaConfig, args: argparse.Namespace):
     start = time.perf_counter()
     base = shapes.random_llama(config, args.device, shapes.working_dtype(args.device))
     shapes.plant_similar_heads(base, sources=2 * args.groups)
-    adapter = AsymGQAConfig(num_key_value_heads=args.groups, r=args.rank, lora_alpha=args.rank, task_type="CAUSAL_LM")
+    lora = {"r": args.rank, "lora_alpha": args.rank, "task_type": "CAUSAL_LM"}
+    adapter = AsymGQAConfig(num_key_value_heads=args.groups, head_dim=args.head_dim, **lora)
     return get_peft_model(base, adapter), time.perf_counter() - start
 
 
@@ -164,7 +166,7 @@ def floor_seconds(config: LlamaConfig, args: argparse.Namespace, limits: dict[st
     """Per stage and layer: (seconds at the ceiling, what is counted). Logits and embeddings are left out."""
     tokens, width = args.blocks * args.length, config.hidden_size
     queries = config.num_attention_heads * config.head_dim
-    keys, groups = config.num_key_value_heads * config.head_dim, args.groups * config.head_dim
+    keys, groups = config.num_key_value_heads * config.head_dim, args.groups * (args.head_dim or config.head_dim)
     forward_rate = limits.get("bfloat16 TFLOP/s", limits["float32 TFLOP/s"]) * 1e12
     # The solve of the refit is in float64.
     exact_rate = limits["float64 TFLOP/s"] * 1e12
@@ -214,6 +216,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=shapes.SHAPES, default="llama-2-7b")
     parser.add_argument("--groups", type=int, default=8, help="G")
+    parser.add_argument("--head-dim", type=int, help="W, width of the shared heads; default: the base's")
     parser.add_argument("--layers", type=int, help="convert only so many; times are extrapolated to all")
     parser.add_argument("--blocks", type=int, default=128, help="calibration blocks")
     parser.add_argument("--length", type=int, default=2048, help="tokens per block")

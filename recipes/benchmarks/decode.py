@@ -10,6 +10,7 @@ their padded layout has 48 query slots for 32 heads. Half the heads of twice the
   or folded into (B, G, p, D). Outputs are checked against float64. Caches are cycled, so that none stays in the L2.
 - model: whole models of few layers with random weights on a static cache, one decoding step in a CUDA graph.
 - expansion: which attention implementation, cache and mask makes transformers write K/V out for every query slot.
+- prefill: a prompt's forward through the same models, at its share of the matrix ceiling.
 - batch: how many sequences of the longest context fit beside the full model's weights, by allocating them.
 
 The floor is the bytes that a step must read at the bandwidth of a copy, measured in the same run. A cell that does not
@@ -46,7 +47,7 @@ from asymgqa_peft.tables import markdown_table
 from recipes.benchmarks import shapes
 from recipes.reporting import print_report
 
-PARTS = ("expansion", "attention", "model", "batch")
+PARTS = ("expansion", "attention", "model", "prefill", "batch")
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -176,6 +177,8 @@ def kv_heads_of(arm: str, config: LlamaConfig, args: argparse.Namespace) -> int:
     """KV heads in the cache of an arm."""
     if arm == MHA:
         return config.num_key_value_heads
+    if arm == WIDE:
+        return args.groups // 2
     return args.groups
 
 
@@ -300,6 +303,8 @@ def builders(config: LlamaConfig, args: argparse.Namespace) -> Iterator[tuple[st
     ours = AsymGQAConfig(num_key_value_heads=args.groups, head_groups=layers, **lora)
     yield MHA, partial(shapes.random_llama, config, args.device, args.dtype)
     yield EQUAL, partial(shapes.random_llama, equal, args.device, args.dtype)
+    wide = AsymGQAConfig(num_key_value_heads=args.groups // 2, head_dim=2 * config.head_dim, **lora)
+    yield WIDE, lambda: get_peft_model(shapes.random_llama(config, args.device, args.dtype), wide).merge_and_unload()
     yield EQUAL_LORA, lambda: get_peft_model(shapes.random_llama(equal, args.device, args.dtype), LoraConfig(**lora))
     yield ADAPTER, lambda: get_peft_model(shapes.random_llama(config, args.device, args.dtype), ours)
     yield MERGED, lambda: get_peft_model(shapes.random_llama(config, args.device, args.dtype), ours).merge_and_unload()
@@ -333,11 +338,48 @@ def model_cell(model, config, args, limits, batch: int, context: int, arm: str, 
         if found["error to adapter"] > 5 * TOLERANCE[args.dtype]:
             raise WrongResult(f"adapter and merged differ by {found['error to adapter']:.2g}")
     seconds = shapes.graph_seconds([step], args.device)
-    cached = 2 * config.num_hidden_layers * batch * kv_heads * context * config.head_dim * args.dtype.itemsize
+    width = inner.config.head_dim
+    cached = 2 * config.num_hidden_layers * batch * kv_heads * context * width * args.dtype.itemsize
     # The embedding is looked up, not read.
     embedding = config.vocab_size * config.hidden_size * args.dtype.itemsize
     floor = (weights - embedding + cached) / limits["copy GB/s"] / 1e9
     return {"us": seconds * 1e6, "floor, us": floor * 1e6, **found}
+
+
+@torch.no_grad()
+def prefill_part(config: LlamaConfig, args: argparse.Namespace, limits: dict[str, float]) -> list[dict]:
+    """Seconds of a prompt's forward of one sequence, and its share of the matrix ceiling."""
+    rows, equal = [], {}
+    for arm, build in builders(config, args):
+        if arm not in (MHA, EQUAL, WIDE):
+            continue
+        model = build().eval()
+        for context in args.contexts:
+            row = {"context": context, "arm": arm}
+            row |= guarded(prefill_cell, model, context, args, limits)
+            if arm == EQUAL:
+                equal[context] = row.get("ms")
+            if equal.get(context) and "ms" in row:
+                row["it / equal"] = row["ms"] / equal[context]
+            rows.append(row)
+        print(f"prefill: {arm} done", flush=True)
+        del model
+        release(args.device)
+    rows.sort(key=lambda row: row["context"])
+    return with_columns(rows, ("context", "arm", "ms", "share of the ceiling", "it / equal", "failed"))
+
+
+def prefill_cell(model, context: int, args: argparse.Namespace, limits: dict[str, float]) -> dict[str, float]:
+    """Milliseconds of a prefill, and the share that its FLOPs take of them at the matrix ceiling."""
+    tokens = torch.zeros(1, context, dtype=torch.long, device=args.device)
+    seconds = shapes.median_seconds(lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1), args.device)
+    config = model.config
+    # The embedding is looked up, and the head sees one position.
+    weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
+    flops = context * (2 * weights + attention)
+    ceiling = limits.get("bfloat16 TFLOP/s", limits["float32 TFLOP/s"]) * 1e12
+    return {"ms": seconds * 1e3, "share of the ceiling": flops / seconds / ceiling}
 
 
 def with_model_ratios(rows: list[dict]) -> list[dict]:
@@ -536,7 +578,13 @@ def allocates(config: LlamaConfig, kv_heads: int, context: int, batch: int, args
 # -------------------------------------------------------------------------------------------------- plumbing
 
 
-PART = {"attention": attention_part, "model": model_part, "expansion": expansion_part, "batch": batch_part}
+PART = {
+    "attention": attention_part,
+    "model": model_part,
+    "prefill": prefill_part,
+    "expansion": expansion_part,
+    "batch": batch_part,
+}
 
 
 class WrongResult(ValueError):
@@ -591,6 +639,7 @@ def targets(results: dict[str, list[dict]]) -> list[dict]:
 
     for arm in (ADAPTER, MERGED):
         add(f"attention, {arm} / equal groups", of("attention", arm, "it / equal"), 1.03, True)
+    add("attention, half the heads, twice as wide / equal groups", of("attention", WIDE, "it / equal"), 1.05, True)
     longest = max((row["context"] for row in results.get("attention", [])), default=0)
     long = of("attention", MERGED, "MHA / it", context=longest)
     add(f"attention, MHA / ours at context {longest}", long, 3.0, False)

@@ -31,7 +31,13 @@ from recipes.benchmarks import shapes
 from recipes.reporting import print_report
 
 RECIPES = Path(__file__).resolve().parents[1]
-LORA, EQUAL, UNEQUAL, PADDED = "LoRA", "equal groups", "unequal groups", "unequal groups, padded slots"
+LORA, EQUAL, WIDE, UNEQUAL, PADDED = (
+    "LoRA",
+    "equal groups",
+    "half the groups, twice as wide",
+    "unequal groups",
+    "unequal groups, padded slots",
+)
 DEFAULTS = {
     "cuda": {"batch": 2, "length": 2048, "checkpointing": [0, 1]},
     "cpu": {"batch": 8, "length": 512, "checkpointing": [0]},
@@ -83,10 +89,13 @@ def builders(config, args: argparse.Namespace) -> dict[str, Callable[[nn.Module]
     groups = args.groups or config.num_key_value_heads // 4
     partition = shapes.unequal_groups(config.num_key_value_heads, groups)
     equal = AsymGQAConfig(num_key_value_heads=groups, **lora)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    wide = AsymGQAConfig(num_key_value_heads=groups // 2, head_dim=2 * dim, **lora)
     unequal = AsymGQAConfig(num_key_value_heads=groups, head_groups=[partition] * config.num_hidden_layers, **lora)
     return {
         LORA: lambda base: get_peft_model(base, LoraConfig(**lora)),
         EQUAL: lambda base: get_peft_model(base, equal),
+        WIDE: lambda base: get_peft_model(base, wide),
         UNEQUAL: lambda base: get_peft_model(base, unequal),
         PADDED: lambda base: always_padded(get_peft_model(base, unequal)),
     }
@@ -195,7 +204,7 @@ def row(name: str, arm: Arm, lora: Arm, checkpointing: bool, floors: tuple) -> d
 
 def within_limits(rows: list[dict], limits: dict[str, float]) -> dict[str, bool]:
     """Targets of both arms of ours, from the worse of the two and of checkpointing on and off."""
-    ours = [line for line in rows if line["arm"] in (EQUAL, UNEQUAL)]
+    ours = [line for line in rows if line["arm"] in (EQUAL, WIDE, UNEQUAL)]
     checks = {}
     for kind, column in (("time", "step x LoRA"), ("memory", "peak x LoRA")):
         if kind in limits:
