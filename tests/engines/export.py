@@ -5,8 +5,8 @@
 The bundled model at 4:1 of its cache, in float32, chosen and merged on activations: 4 heads of the base's 32
 dimensions in "unequal" and "equal" groups, and 2 heads of 64 in "wide-unequal" and "wide-equal" ones. All are merged
 into plain checkpoints by recipes/merge_and_push.py as a user would. "base" is the bundled model itself, a control:
-what an engine cannot do with that is not the export's doing. Beside every checkpoint lies
-NAME.reference.safetensors with the adapter's logits before merging, prompt ids and greedy continuations.
+what an engine cannot do with that is not the export's doing. Beside every checkpoint lies NAME.reference.safetensors
+with the adapter's logits before merging, prompt ids and greedy continuations.
 """
 
 from __future__ import annotations
