@@ -132,7 +132,7 @@ def decode_speed(
     speeds = []
     with evaluating(model):
         for _ in range(repeats):
-            cache = {_cache_argument(model): DynamicCache(config=model.config)}
+            cache = {cache_argument(model): DynamicCache(config=model.config)}
             token = model(prompt, **cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
             synchronize()
             start = time.perf_counter()
@@ -143,7 +143,7 @@ def decode_speed(
     return sorted(speeds)[repeats // 2]
 
 
-def _cache_argument(model: nn.Module) -> str:
+def cache_argument(model: nn.Module) -> str:
     """What a model's forward calls its cache: transformers 5.24 has renamed it."""
     return "cache" if "cache" in inspect.signature(unwrap(model).forward).parameters else "past_key_values"
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import CACHE, GROUPS, VOCAB, tiny_llama, wrap
+from models import CACHE, GROUPS, VOCAB, prompt, tiny_llama, wrap
 from transformers import BatchEncoding, DynamicCache
 
 from asymgqa_peft.evaluate import (
@@ -35,8 +35,8 @@ def test_perplexity_is_token_weighted_over_batches_of_unequal_length():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_counted(side):
     model = tiny_llama()
-    ids = torch.randint(0, VOCAB, (1, 12))
-    pad = torch.zeros(1, 6, dtype=torch.long)
+    ids = prompt(1, 12)
+    pad = torch.zeros(1, 24, dtype=torch.long)
     padded = torch.cat((pad, ids) if side == "left" else (ids, pad), dim=1)
     mask = torch.cat((pad, torch.ones_like(ids)) if side == "left" else (torch.ones_like(ids), pad), dim=1)
     expected = perplexity(model, [ids])

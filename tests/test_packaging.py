@@ -45,7 +45,7 @@ def imported_distributions(folder: str) -> set[str]:
 @pytest.mark.parametrize("folder", ["asymgqa_peft", "recipes"])
 def test_every_library_that_is_imported_is_declared(folder):
     declared = {canonical(requirement) for requirement in PROJECT["dependencies"]}
-    for extra in ("plot", "eval", "quant"):
+    for extra in ("plot", "eval", "quant", "engines"):
         declared |= {canonical(requirement) for requirement in PROJECT["optional-dependencies"][extra]}
     imported = imported_distributions(folder)
     assert {"torch", "transformers", "peft", "pyyaml"} & imported

@@ -42,6 +42,7 @@ from transformers.integrations import flex_attention
 from asymgqa_peft import AsymGQAConfig
 from asymgqa_peft.adapter.slots import HeadLayout
 from asymgqa_peft.attention import fold, register_grouped_sdpa
+from asymgqa_peft.evaluate import cache_argument
 from asymgqa_peft.heads import HeadShape, SharedShape
 from asymgqa_peft.tables import markdown_table
 from recipes.benchmarks import shapes
@@ -322,11 +323,13 @@ def model_cell(model, config, args, limits, batch: int, context: int, arm: str, 
     cache = filled_cache(inner.config, kind, batch, kv_heads, context, args)
     token = torch.zeros(batch, 1, dtype=torch.long, device=args.device)
 
+    cached_as = {cache_argument(inner): cache}
+
     def step() -> Tensor:
         for layer in cache.layers:
             # Every step is the last one of the context.
             layer.cumulative_length.fill_(context - 1)
-        return model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        return model(input_ids=token, **cached_as, use_cache=True).logits
 
     found = {}
     logits = step()[0, -1].double().cpu()
@@ -464,9 +467,10 @@ def decoding_inputs(model, config: LlamaConfig, implementation: str, cache: str,
     if padded:
         prefill_mask, step_mask = mask[:, :-1], mask
     # Fills the cache.
-    model(input_ids=ids, attention_mask=prefill_mask, past_key_values=held, use_cache=True)
+    name = cache_argument(model)
+    model(input_ids=ids, attention_mask=prefill_mask, use_cache=True, **{name: held})
     model.set_attn_implementation(implementation)
-    return {"input_ids": ids[:, :1], "attention_mask": step_mask, "past_key_values": held, "use_cache": True}
+    return {"input_ids": ids[:, :1], "attention_mask": step_mask, name: held, "use_cache": True}
 
 
 @torch.no_grad()

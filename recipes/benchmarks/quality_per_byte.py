@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
-from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
+from asymgqa_peft.evaluate import cache_argument, kv_cache_bytes_per_token, perplexity
 from asymgqa_peft.tables import markdown_table
 from recipes.benchmarks import shapes
 from recipes.benchmarks.initialization import read
@@ -165,7 +165,9 @@ def quantised_perplexity(model: nn.Module, batches, bits: int) -> float:
     total, count = 0.0, 0
     for ids in batches:
         ids = ids.to(model.device)
-        logits = model(input_ids=ids, past_key_values=SimulatedQuantisedCache(bits), use_cache=True).logits[:, :-1]
+        logits = model(input_ids=ids, use_cache=True, **{cache_argument(model): SimulatedQuantisedCache(bits)}).logits[
+            :, :-1
+        ]
         losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         total, count = total + losses.double().sum().item(), count + losses.numel()
     return math.exp(total / count)
