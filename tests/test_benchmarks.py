@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from asymgqa_peft.heads import HeadShape, SharedShape
 from asymgqa_peft.method.costs import group_costs
 from asymgqa_peft.method.statistics import LayerStatistics
 from asymgqa_peft.method.threads import map_in_threads
-from recipes.benchmarks import conversion, decode, growth, overhead, quality_per_byte, shapes
+from recipes.benchmarks import conversion, decode, growth, overhead, quality_per_byte, shapes, wide_heads
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = "--shape tiny --groups 2 --device cpu"
 
 
@@ -183,3 +185,23 @@ def test_costs_do_not_depend_on_threads(two_threads):
 
 def test_seconds_of_a_call_are_positive():
     assert 0 < shapes.graph_seconds([lambda: nn.functional.relu(torch.ones(8))] * 2, "cpu") < math.inf
+
+
+@pytest.mark.slow
+def test_wide_heads_are_measured_against_narrow_ones_of_the_same_bytes(tmp_path):
+    """Every stage of two arms, the plain export saying what the adapter says; a second run measures nothing again."""
+    out = tmp_path / "lines.jsonl"
+    command = ["--model", str(RECIPES / "tiny_model"), "--data", "stdlib", "--out", str(out), "--device", "cpu"]
+    command += ["--shares", "1/8", "--widths", "32", "64", "--groupings", "symmetric", "--tokens", "2048"]
+    command += ["--batch-size", "4", "--block-size", "128", "--micro-batch", "2", "--calibration-blocks", "12"]
+    wide_heads.main([*command, "--held-out-blocks", "2"])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["base", *["untrained", "recovered", "plain"] * 2]
+    narrow, wide = lines[1:4], lines[4:]
+    assert {line["kv_bytes"] for line in (*narrow[:2], *wide[:2])} == {lines[0]["kv_bytes"] // 8}
+    assert wide[0]["validation"] < narrow[0]["validation"]  # the same bytes keep more
+    for untrained, recovered, plain in (narrow, wide):
+        assert abs(recovered["held_out"] - untrained["held_out"]) > 1e-3 * untrained["held_out"]  # it was trained
+        assert plain["plain_held_out"] == pytest.approx(recovered["held_out"], rel=1e-4)
+    wide_heads.main([*command, "--held-out-blocks", "2"])
+    assert len(out.read_text().splitlines()) == len(lines)
