@@ -237,7 +237,7 @@ def test_two_adapters_of_different_g_and_w(tmp_path):
 def test_a_base_in_four_bits_trains_saves_and_reloads(tmp_path):
     """Nothing is evaluated before training: see `test_quantised`."""
     pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes: install the test extra")
-    tiny_llama(hidden_size=192, intermediate_size=64).save_pretrained(tmp_path / "base")
+    tiny_llama(hidden_size=192, head_dim=32, intermediate_size=64).save_pretrained(tmp_path / "base")
 
     def quantised():
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
