@@ -8,6 +8,7 @@ Prints one JSON line: class, KV heads that the cache holds, parameters, perplexi
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import sys
@@ -30,13 +31,17 @@ def perplexity(model, blocks: torch.Tensor, batch_size: int = 8) -> float:
 @torch.no_grad()
 def decode(model, prompts: torch.Tensor, new_tokens: int, repeats: int = 3) -> tuple[float, DynamicCache]:
     """Greedy tokens per second after a prefill of the prompts (B, T), median of repeats, and the last cache."""
+    # transformers 5.24 calls the cache another name.
+    takes_cache = "cache" in inspect.signature(model.forward).parameters
+    name = "cache" if takes_cache else "past_key_values"
     speeds = []
     for _ in range(repeats):
         cache = DynamicCache(config=model.config)
-        token = model(prompts, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        cached = {name: cache}
+        token = model(prompts, **cached, logits_to_keep=1).logits.argmax(-1)
         start = time.perf_counter()
         for _ in range(new_tokens):
-            token = model(token, past_key_values=cache).logits.argmax(-1)
+            token = model(token, **cached).logits.argmax(-1)
         speeds.append(prompts.numel() / prompts.shape[1] * new_tokens / (time.perf_counter() - start))
     return sorted(speeds)[repeats // 2], cache
 
