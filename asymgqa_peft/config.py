@@ -145,8 +145,8 @@ class AsymGQAConfig(LoraConfig):
     def _check_lora(self) -> None:
         for name in ("target_modules", "modules_to_save"):
             value = getattr(self, name)
-            listed = value if isinstance(value, list | set | tuple) else [value]
-            for module in listed:
+            modules = value if isinstance(value, list | set | tuple) else [value]
+            for module in modules:
                 if isinstance(module, str) and module.rpartition(".")[2] in SHARED_PROJECTION_NAMES:
                     raise ValueError(
                         f"{name} names {module!r}, but K and V are shared and trained whole: leave it out "

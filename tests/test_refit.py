@@ -153,7 +153,7 @@ def test_head_mix_finds_matrices_that_stood_in_front_of_the_output(heads):
     weight, inputs, _ = problem()
     planted = head_matrices(heads)
     targets = inputs @ (weight @ torch.block_diag(*planted)).T
-    mix = fitted(weight, inputs, targets, damping=1e-12).head_mix(heads)
+    mix = fitted(weight, inputs, targets, damping=1e-12).output_mix(heads)
     torch.testing.assert_close(mix, planted, rtol=2e-3, atol=2e-3)
 
 
@@ -161,7 +161,7 @@ def test_with_head_mix_is_the_regression_on_mixed_inputs():
     weight, inputs, targets = problem()
     mix = head_matrices(3)
     mixed = inputs @ torch.block_diag(*mix).T
-    ours, direct = fitted(weight, inputs, targets).with_head_mix(mix), fitted(weight, mixed, targets)
+    ours, direct = fitted(weight, inputs, targets).with_output_mix(mix), fitted(weight, mixed, targets)
     torch.testing.assert_close(ours.change(), direct.change())
     change = ours.change()
     expected = error(weight + change, mixed, targets) - targets.square().sum()
@@ -173,6 +173,6 @@ def test_mix_and_low_rank_beat_low_rank_alone_where_heads_turned():
     targets = inputs @ (weight @ torch.block_diag(*head_matrices(3))).T
     refit = fitted(weight, inputs, targets)
     alone = refit.objective(torch.mm(*reversed(refit.low_rank(2))))
-    mixed = refit.with_head_mix(refit.head_mix(3))
+    mixed = refit.with_output_mix(refit.output_mix(3))
     together = mixed.objective(torch.mm(*reversed(mixed.low_rank(2))))
     assert together - refit.objective(refit.change()) < 0.1 * (alone - refit.objective(refit.change()))

@@ -159,8 +159,8 @@ def check_adapter_tensors(
     if not given:
         problems = ["it holds no tensor of this model"]
     if problems:
-        listed = "\n  ".join(sorted(problems))
-        raise ValueError(f"The adapter file does not fit this model and its adapter_config.json:\n  {listed}")
+        lines = "\n  ".join(sorted(problems))
+        raise ValueError(f"The adapter file does not fit this model and its adapter_config.json:\n  {lines}")
 
 
 def _adapter_of(key: str) -> str | None:

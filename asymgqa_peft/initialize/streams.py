@@ -28,10 +28,11 @@ class Streams:
         self.calls: dict[int, list[tuple[tuple, dict]]] = defaultdict(list)
         self.original: list[Tensor] = []
         self.current: list[Tensor] = []
-        self.home = torch.device("cpu")
+        self.storage = torch.device("cpu")
 
     def capture(self, model: nn.Module, layers: list[nn.Module]) -> None:
-        """Run every batch through the original model, up to its last layer; all but the first pass layers by."""
+        """Run every batch through the original model, up to its last layer: the first one in full, which tells what
+        layers return, and the others past the layers, since only the arguments of the layers are wanted."""
 
         def keep(index: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -39,8 +40,9 @@ class Streams:
             self.calls[index].append((args[1:], rest))
             if index == 0:
                 if not self.original:
-                    self.home = _home_of_streams(hidden, sum(batch["input_ids"].numel() for batch in self.batches))
-                self.original.append(hidden.to(self.home))
+                    tokens = sum(batch["input_ids"].numel() for batch in self.batches)
+                    self.storage = _storage_of_streams(hidden, tokens)
+                self.original.append(hidden.to(self.storage))
             # The last layer's arguments are kept: nothing more is wanted of this forward.
             if index == len(layers) - 1:
                 raise Stop
@@ -66,7 +68,7 @@ class Streams:
                 handle.remove()
         self.current = list(self.original)
 
-    def through(
+    def run_layer(
         self, layer: nn.Module, index: int, stream: list[Tensor]
     ) -> Iterator[tuple[int, Callable[[], Tensor]]]:
         """For each batch, a call that runs the layer on the stream's hidden states."""
@@ -105,7 +107,7 @@ def _passing_by(layers: list[nn.Module]) -> Iterator[None]:
                 layer.forward = forward
 
 
-def _home_of_streams(hidden: Tensor, tokens: int) -> torch.device:
+def _storage_of_streams(hidden: Tensor, tokens: int) -> torch.device:
     """Where hidden states of so many tokens lie between layers: on their GPU if three take half of what is free."""
     if not hidden.is_cuda:
         return torch.device("cpu")

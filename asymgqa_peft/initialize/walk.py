@@ -173,15 +173,15 @@ class Walk:
 
     def _advance(self, index: int, stream: list[Tensor]) -> None:
         """Advance a stream by one layer."""
-        for batch, call in self.streams.through(self.layers[index], index, stream):
-            stream[batch] = call().to(self.streams.home)
+        for batch, call in self.streams.run_layer(self.layers[index], index, stream):
+            stream[batch] = call().to(self.streams.storage)
 
     def _moments(self, site: AttentionSite, weights: AttentionWeights) -> LayerMoments:
         """The layer's statistics on the original stream, on the CPU; projections run, attention and MLP do not."""
         statistics = LayerStatistics(site.shape, weights.output.device)
         sources = site.sources()
         with self.model.disable_adapter(), recording(sources, stops=True) as record:
-            for batch, call in self.streams.through(self.layers[site.layer], site.layer, self.streams.original):
+            for batch, call in self.streams.run_layer(self.layers[site.layer], site.layer, self.streams.original):
                 record.clear()
                 with suppress(Stop):
                     call()
@@ -196,12 +196,12 @@ class Walk:
         """Advance the original stream by one layer; what the refit aims at, per batch."""
         streams, bias, targets = self.streams, base_layer(site.output).bias, []
         with self.model.disable_adapter(), recording({"output": site.output}) as record:
-            for batch, call in streams.through(self.layers[site.layer], site.layer, streams.original):
-                entering, streams.original[batch] = streams.original[batch], call().to(streams.home)
+            for batch, call in streams.run_layer(self.layers[site.layer], site.layer, streams.original):
+                entering, streams.original[batch] = streams.original[batch], call().to(streams.storage)
                 target = record["output"]
                 if bias is not None:
                     target = target - bias
-                target = target.to(streams.home)
+                target = target.to(streams.storage)
                 if site.family.plain_residual:
                     # o_proj's output is added to the stream, so the refit can make up for what earlier layers lost.
                     target = target + (entering - streams.current[batch])
@@ -261,7 +261,7 @@ class Walk:
 
         handle = base_layer(site.output).register_forward_pre_hook(collect)
         try:
-            for batch, call in streams.through(layer, site.layer, streams.current):  # noqa: B007 (read in the hook)
+            for batch, call in streams.run_layer(layer, site.layer, streams.current):  # noqa: B007 (read in the hook)
                 try:
                     call()
                 except Stop:
@@ -274,8 +274,8 @@ class Walk:
         rank, scaling = lora.r[self.adapter], lora.scaling[self.adapter]
         factors = refit.low_rank(rank, scaling)
         if self.adapter in site.value.lora_value_mix:
-            mix = refit.head_mix(site.shape.num_attention_heads)
-            mixed = refit.with_head_mix(mix)
+            mix = refit.output_mix(site.shape.num_attention_heads)
+            mixed = refit.with_output_mix(mix)
             mixed_factors = mixed.low_rank(rank, scaling)
             # Two ridges in a row may end worse than one: take what fits better.
             if mixed.objective(_product(mixed_factors, scaling)) < refit.objective(_product(factors, scaling)):

@@ -91,7 +91,7 @@ class OutputRefit:
             lora_b = -lora_b
         return lora_a, lora_b
 
-    def head_mix(self, heads: int) -> Tensor:
+    def output_mix(self, heads: int) -> Tensor:
         """(H, D, D) matrices N_h in front of each head's columns W_h: W_h N_h is nearest to the solution's columns.
 
         D is the width that o_proj reads from a head, whatever the width of the shared heads.
@@ -106,7 +106,7 @@ class OutputRefit:
         ridge = strength[:, None, None] * torch.eye(metric.shape[-1]).to(metric)
         return torch.linalg.solve(metric + ridge, columns.mT @ wanted + ridge)
 
-    def with_head_mix(self, mix: Tensor) -> OutputRefit:
+    def with_output_mix(self, mix: Tensor) -> OutputRefit:
         """The same regression once the matrices (H, D, D) stand in front of o_proj and change its inputs."""
         block = torch.block_diag(*mix)
         mixed = copy.copy(self)
