@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +104,15 @@ def test_an_initialised_adapter_takes_the_groups_of_what_is_loaded(saved, family
     assert not torch.allclose(logits(model), expected)
     model.load_adapter(str(folder), "default")
     assert torch.equal(logits(model), expected)
+
+
+def test_distributed_wrappers_and_the_meta_device():
+    script = Path(__file__).with_name("distributed_loads.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    routes = [(name, width) for width in (None, 16) for name in ("under_ddp", "under_fsdp2", "on_meta")]
+    assert found == [[name, width, True, True] for name, width in routes]
 
 
 def test_the_next_save_says_the_groups_that_were_loaded(saved, family, tmp_path):
