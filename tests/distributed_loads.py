@@ -1,8 +1,8 @@
 """Load an adapter into a fresh wrap under DDP, under FSDP2 and onto the meta device.
 
 Run by tests/test_groups_travel.py in a process of its own, because torch.distributed is initialised. Prints one JSON
-list a line: the route, the width, whether logits (or, where parameters are sharded, all tensors) are the adapter's, and
-whether the layers' groups and the configuration's are.
+list a line: the route, the width, whether logits (or, where parameters are sharded, all tensors) are the adapter's,
+and whether the layers' groups and the configuration's are.
 """
 
 from __future__ import annotations
