@@ -271,7 +271,7 @@ def residual_projections(model: PreTrainedModel) -> list[torch.nn.Linear]:
 
 
 def add_dropout(model: PreTrainedModel, probability: float) -> list[torch.utils.hooks.RemovableHandle]:
-    """Dropout on the residual projections' outputs, which these models have no setting for; returns the hooks' handles."""
+    """Dropout on the residual projections' outputs, which has no setting of its own; returns the hooks' handles."""
     if probability == 0:
         return []
 
