@@ -41,8 +41,8 @@ class StandIn:
     folds: dict[str, str] = field(default_factory=dict)
     # Whether the source recomputes its cache where longrope's frequencies change, and the other class does not.
     loses_recomputing: bool = False
-    # Whether positions are counted from the first column, where the source counts from the first real token.
-    counts_padding: bool = False
+    # What who uses the other class must know; merging warns of it.
+    caution: str | None = None
 
     def classes(self, model_class: type, config: PretrainedConfig) -> tuple[type | None, type]:
         """Model class for the task of ``model_class``, None where there is no such one, and configuration class."""
@@ -244,7 +244,9 @@ FAMILIES: dict[str, Family] = {
             fused_qkv="c_attn",
             # Where OPT's positions start.
             drops_rows={"embed_positions.weight": 2},
-            counts_padding=True,
+            caution="counts positions from the first column, not from the first real token: give its forward "
+            "position_ids with left-padded inputs, as generate() does. llama.cpp and mlx-lm run this class with GELU, "
+            "whatever its activation_function says.",
         ),
     ),
     "gpt_neox": Family(

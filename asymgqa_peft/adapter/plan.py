@@ -136,13 +136,9 @@ def plan_export(
     else:
         planner = _Planner(base, groups, family, heads.base, stand_in, refusal)
         chosen, other = planner.choose(duplicate_kv_heads, cached_tokens)
-    if chosen.stand_in and chosen.stand_in.counts_padding:
-        warnings.warn(
-            f"{chosen.plain.model_class.__name__} counts positions from the first column, "
-            f"{base.model_class.__name__} from the first real token: give its forward position_ids with left-padded "
-            "inputs, as generate() does.",
-            stacklevel=5,  # who called merge_and_unload
-        )
+    if chosen.stand_in and chosen.stand_in.caution:
+        # who called merge_and_unload
+        warnings.warn(f"{chosen.plain.model_class.__name__} {chosen.stand_in.caution}", stacklevel=5)
     if not _has_tied_head(model):
         for stock in (chosen.plain, other):
             if stock is not None:
