@@ -313,6 +313,15 @@ def test_norms_are_folded_whatever_their_scale_and_whatever_is_trained(name: str
 
 
 @torch.no_grad()
+def test_a_head_trained_in_fp32_over_a_bf16_base():
+    model = wrap(copy.deepcopy(stock("gpt_neox")).bfloat16(), MHA_GROUPS, modules_to_save=["lm_head"])
+    model.base_model.model.lm_head.float()
+    plain, _ = _merge(model)
+    assert {plain.lm_head.weight.dtype, plain.lm_head.bias.dtype} == {torch.float32}
+    assert plain.model.layers[0].self_attn.dense.bias.dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_folding_in_bf16_costs_no_more_than_bf16_does():
     base = _with_large_norms("gpt_neox").bfloat16()
     model = wrap(base, MHA_GROUPS)

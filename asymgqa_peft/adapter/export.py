@@ -143,16 +143,19 @@ def _renamed(tensors: dict[str, Tensor], stand_in: StandIn) -> dict[str, Tensor]
             continue
         parts = stand_in.splits[ending]
         for part, rows in zip(parts, tensor.chunk(len(parts)), strict=True):
-            renamed[name.removesuffix(ending) + part] = rows.clone()
+            renamed[stand_in.rename(name.removesuffix(ending) + part)] = rows.clone()
     return renamed
 
 
 def _add_neutral(tensors: dict[str, Tensor], plain: nn.Module, model: nn.Module) -> None:
     """Biases and norms that a stand-in has and the base has not: zeros, and scales of ones."""
+    fallback = next(model.parameters())
     for name, empty in plain.state_dict().items():
         if name not in tensors and empty.dim() == 1:
+            # Of the weight beside it: a head that was trained on its own may have another dtype.
+            like = tensors.get(name.rpartition(".")[0] + ".weight", fallback)
             fill = torch.zeros if name.endswith("bias") else torch.ones
-            tensors[name] = fill(len(empty), dtype=model.dtype, device=model.device)
+            tensors[name] = fill(len(empty), dtype=like.dtype, device=like.device)
 
 
 def _take_over_buffers(model: nn.Module, plain: nn.Module, stand_in: StandIn) -> None:
