@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from asymgqa_peft import export_report
+from asymgqa_peft import AsymGQAConfig, export_report
 from asymgqa_peft.adapter import export
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token
 from asymgqa_peft.groups import default_max_group_size, slot_layout
@@ -310,6 +310,17 @@ def test_norms_are_folded_whatever_their_scale_and_whatever_is_trained(name: str
     assert torch.equal(plain.generate(**inputs, max_new_tokens=6, do_sample=False), tokens)
     heads = {layer.keys.shape[1:4:2] for layer in found.past_key_values.layers}
     assert heads == {(case.num_groups, case.head_dim or 8)}
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox-equal"])
+@torch.no_grad()
+def test_with_all_of_its_heads_gpt_neox_is_a_phi(name: str):
+    base = _with_large_norms(name)
+    config = AsymGQAConfig(num_key_value_heads=HEADS, grouping="neighbour", merge="mean", task_type="CAUSAL_LM")
+    plain, warned = _merge(get_peft_model(copy.deepcopy(base), config))
+    assert type(plain).__name__ == "PhiForCausalLM" and plain.config.num_key_value_heads == HEADS and not warned
+    expected = base(prompt()).logits
+    assert (plain(prompt()).logits - expected).abs().max() < TOLERANCE * expected.abs().max()
 
 
 @torch.no_grad()
