@@ -286,19 +286,21 @@ class AttentionSite:
 
     # ---- the plain model ----
 
-    def replace_projections(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, unfuse: bool) -> None:
+    def replace_projections(
+        self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, fused: str | None
+    ) -> None:
         """Put plain projections of these heads in place.
 
         Args:
             query, key, value: (heads, dimensions, E), or (heads, dimensions, E + 1) with a bias as the last column.
             output: (E, heads * dimensions).
-            unfuse: whether a fused projection becomes three.
+            fused: name of the one projection that holds q, k and v; None for three.
         """
         family, like = self.family, self.output.weight
-        if unfuse:
-            delattr(self.attention, family.fused_qkv)
-        if self.is_fused and not unfuse:
-            projections = {family.fused_qkv: family.join_fused(query, key, value)}
+        for name in (family.fused_qkv,) if self.is_fused else (family.query, family.key, family.value):
+            delattr(self.attention, name)
+        if fused:
+            projections = {fused: family.join_fused(query, key, value)}
         else:
             projections = {family.query: query, family.key: key, family.value: value}
         for name, heads in projections.items():
