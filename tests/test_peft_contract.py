@@ -29,6 +29,7 @@ from models import (
 )
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import config as lora_config
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -245,6 +246,106 @@ def test_missing_misshaped_and_unknown_tensors_are_reported_at_once(wrapped, fam
         assert misshaped.replace(".weight", ".default.weight") in text
     save_file(good, path)
     assert torch.equal(logits(PeftModel.from_pretrained(BASES[family](), tmp_path)), logits(wrapped))
+
+
+def of_base(family, module: str = "model.layers.1.self_attn.q_proj") -> torch.Tensor:
+    """A base weight of that name, other than it is."""
+    return torch.full_like(BASES[family]().get_submodule(module).weight, 0.5)
+
+
+SMUGGLED = "base_model.model.model.layers.1.self_attn.q_proj.base_layer.weight"
+DAMAGES = {  # what is put under which name; ".lora_x" is the first tensor of that name
+    "one of the base's": (lambda family, tensor: of_base(family), SMUGGLED, "a tensor of the base, which no adapter"),
+    "a norm of the base's": (
+        lambda family, tensor: of_base(family, "model.layers.1.input_layernorm"),
+        "base_model.model.model.layers.1.input_layernorm.weight",
+        "a tensor of the base",
+    ),
+    "unknown base_layer": (lambda family, tensor: torch.zeros(1), "base_model.model.x.base_layer.y", "unknown: "),
+    "NaN": (lambda family, tensor: tensor.index_fill(0, torch.tensor(0), math.nan), ".lora_kv", "NaN or inf: "),
+    "inf": (lambda family, tensor: tensor.index_fill(0, torch.tensor(0), math.inf), ".lora_A", "NaN or inf: "),
+    "too large": (lambda family, tensor: tensor.double() * 1e300, ".lora_B", "NaN or inf: "),
+    "int8": (lambda family, tensor: tensor.to(torch.int8), ".lora_kv", "dtype torch.int8 instead of torch.float32"),
+    "complex": (lambda family, tensor: tensor.cfloat(), ".lora_B", "dtype torch.complex64 instead of torch.float32"),
+    "bool": (lambda family, tensor: tensor > 0, ".lora_value_mix", "dtype torch.bool instead of torch.float32"),
+    "cut": (lambda family, tensor: tensor[:-1].clone(), ".lora_query_gain", "shape "),
+    "groups": (lambda family, tensor: torch.zeros_like(tensor), ".lora_groups", "leave a group empty"),
+}
+
+
+def write(path, contents) -> None:
+    """A safetensors file of views and copies."""
+    save_file({name: tensor.contiguous() for name, tensor in contents.items()}, path)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_every_tensor_of_a_file_is_known_well_shaped_floating_and_finite(wrapped, family, tmp_path, name):
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    contents = load_file(file)
+    damage, at, message = DAMAGES[name]
+    at = next((each for each in contents if at in each), at)
+    write(file, contents | {at: damage(family, contents.get(at))})
+    model = get_peft_model(BASES[family](), adapter_config(num_key_value_heads=2))
+    before = tensors(model)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(BASES[family](), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path, "default")
+    assert_equal(tensors(model), before)
+
+
+def test_all_that_is_wrong_with_a_file_stands_in_one_message(wrapped, family, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    contents = load_file(file)
+    del contents[next(each for each in contents if "layers.1" in each and "lora_kv" in each)]
+    expected = ["missing: "]
+    for name in ("one of the base's", "unknown base_layer", "NaN", "bool", "cut", "groups"):
+        damage, at, message = DAMAGES[name]
+        at = next((each for each in contents if at in each and "layers.0" in each), at)
+        contents[at] = damage(family, contents.get(at))
+        expected.append(message)
+    write(file, contents)
+    with pytest.raises(ValueError, match="does not fit") as refusal:
+        PeftModel.from_pretrained(BASES[family](), tmp_path)
+    for message in expected:
+        assert message in str(refusal.value)
+
+
+def test_floats_of_any_width_load(wrapped, family, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    contents = load_file(file)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn):
+        write(file, {n: t.to(dtype) if t.is_floating_point() else t for n, t in contents.items()})
+        loaded = tensors(PeftModel.from_pretrained(BASES[family](), tmp_path))
+        at = next(name for name in loaded if "lora_kv" in name)
+        assert torch.equal(loaded[at], contents[at.replace(".default", "")].to(dtype).float())
+
+
+def test_resized_embeddings_are_saved_and_loaded(wrapped, family, tmp_path):
+    """As LoRA's: PEFT saves them with the adapter where the vocabulary was resized."""
+    wrapped.base_model.model.resize_token_embeddings(110)
+    wrapped.save_pretrained(tmp_path, save_embedding_layers=True)
+    base = BASES[family]()
+    base.resize_token_embeddings(110)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path)), logits(wrapped))
+
+
+VARIANTS = {"velora_config": ("VeloraConfig", {"num_groups": 4}), "monteclora_config": ("MontecloraConfig", {})}
+
+
+@pytest.mark.parametrize("field", VARIANTS)
+def test_variants_with_state_of_their_own_reload(family, tmp_path, field):
+    name, fields = VARIANTS[field]
+    if not hasattr(lora_config, name):
+        pytest.skip("this PEFT does not know it")
+    variant = {field: getattr(lora_config, name)(**fields)}
+    model = wrap(BASES[family](), GROUPS[family], target_modules=["q_proj"], **variant)
+    train_step(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(BASES[family](), tmp_path)), logits(model))
 
 
 def test_an_empty_or_foreign_file_is_refused(wrapped, family, tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from peft import PeftType, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,17 +16,21 @@ from transformers import PreTrainedModel
 from ..config import AsymGQAConfig
 from ..groups import HeadGroups
 from .checks import (
-    check_adapter_tensors,
+    check_modules,
     check_modules_to_save,
     check_not_sharded,
+    check_on_devices,
+    check_unadapted,
     initial_groups,
     is_sharded,
     shared_shape,
+    tensor_problems,
+    warn_if_not_exportable,
 )
 from .export import export_plain_model
 from .layer import SharedLayer, SharedProjection
 from .plan import ExportPlan, plan_export
-from .site import attention_sites
+from .site import attention_sites, base_layer
 from .slots import HeadLayout
 
 
@@ -42,16 +46,19 @@ class AsymGQAModel(LoraModel):
 
     tuner_layer_cls = (LoraLayer, SharedLayer)
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: PreTrainedModel, *args, **kwargs) -> None:
+        check_unadapted(model)  # before PEFT enters the new adapter beside those that the model has
+        super().__init__(model, *args, **kwargs)
         self.register_load_state_dict_post_hook(AsymGQAModel._record_loaded)
 
     def _prepare_adapter_config(self, peft_config: AsymGQAConfig, model_config: dict) -> AsymGQAConfig:
         # PEFT calls this before it changes anything: every check of config against model belongs here.
         if not hasattr(self, "sites"):
-            self.sites = attention_sites(self.model)
-            self._newly_wrapped: set[str] = set()
-        check_not_sharded(self.model)
+            sites = attention_sites(self.model)
+            check_not_sharded(self.model)
+            check_on_devices(self.model)
+            check_modules(self.model, sites)
+            self.sites, self._newly_wrapped = sites, set()
         self._site_of = {}
         for each in self.sites:
             self._site_of |= dict.fromkeys(each.shared_names, each)
@@ -60,6 +67,7 @@ class AsymGQAModel(LoraModel):
         self._shape = shared_shape(peft_config, self._groups, site.shape, site.family, self.model.config)
         check_modules_to_save(peft_config, self._site_of)
         self._resolve_targets(peft_config)
+        warn_if_not_exportable(self.model, peft_config, self._groups, self._shape)
         return peft_config
 
     def _resolve_targets(self, peft_config: AsymGQAConfig) -> None:
@@ -72,14 +80,32 @@ class AsymGQAModel(LoraModel):
                 # PEFT trains the heads of these tasks whole, and fails on a head that LoRA wraps.
                 decoder = set(self.model.base_model.modules())
                 targets = {name for name in targets if self.model.get_submodule(name) in decoder}
-            peft_config.target_modules = _short_names(targets, self.model)
-            return
-        for name in self._site_of:
-            if super()._check_target_module_exists(peft_config, name):
+            targets = peft_config.target_modules = _short_names(targets, self.model)
+        matched = []
+        for name, module in self.model.named_modules():
+            if ".lora_" in name or name.endswith(".base_layer"):
+                continue  # inside an earlier adapter
+            found = super()._check_target_module_exists(peft_config, name)
+            field = "target_modules" if found else "exclude_modules"
+            if name in self._site_of and (found or isinstance(found, _ExcludedModule)):
                 raise ValueError(
-                    f"target_modules={targets!r} matches {name!r}, but K and V are shared and trained whole: "
-                    "leave them out."
+                    f"{field}={getattr(peft_config, field)!r} matches {name!r}, but K and V are shared and trained "
+                    "whole: leave them out."
                 )
+            if found:
+                matched.append(name)
+                if peft_config.lora_bias and getattr(base_layer(module), "bias", None) is None:
+                    raise ValueError(
+                        f"lora_bias=True cannot be merged into {name!r}, which has no bias: leave it out of "
+                        "target_modules, or lora_bias unset."
+                    )
+        if targets and not matched:
+            # As PEFT says it, to which K and V always match.
+            raise ValueError(
+                f"Target modules {targets} not found in the base model. Please check the target modules, "
+                f"exclude_modules={peft_config.exclude_modules!r} and "
+                f"layers_to_transform={peft_config.layers_to_transform!r} and try again."
+            )
 
     def _check_target_module_exists(self, peft_config: AsymGQAConfig, key: str):
         # Shared projections are replaced whatever the LoRA filters (layers_to_transform, exclude_modules) say:
@@ -111,6 +137,7 @@ class AsymGQAModel(LoraModel):
             site.start(adapter_name)
         # generate() may allocate a static cache before the first forward, and would ask the base's configuration.
         self.model._get_static_cache_init_shape = _unknown_cache_shape
+        self.model.init_continuous_batching = _no_continuous_batching
         config = self.peft_config[adapter_name]
         if config.initialized is None:
             # Until a file that is loaded, or an initialisation, says otherwise.
@@ -151,21 +178,30 @@ class AsymGQAModel(LoraModel):
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args) -> None:
         # Every way of loading a PeftModel passes here before a tensor is written. PEFT's own only warns about missing
         # tensors and says nothing about unknown ones.
+        problems = []
         if not is_sharded(self):
             given = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-            check_adapter_tensors(given, self._own_tensors(prefix), self._declared_adapters())
+            own = self.state_dict(prefix=prefix, keep_vars=True)
+            problems += tensor_problems(given, own, self._declared_adapters(), self._embeddings(prefix))
         turns = defaultdict(set)
         for at, layout in self._layouts(prefix):
             frequencies = state_dict.get(at + "frequencies")
-            _, shape = layout.checked(state_dict.get(at + "index"), frequencies)
+            try:
+                _, shape = layout.checked(state_dict.get(at + "index"), frequencies)
+            except ValueError as error:
+                problems.append(f"{at}: {error}")
+                continue
             if frequencies is not None:
                 turns[at.split(".")[-2]].add(shape.frequencies)
         for found in turns.values():
             if len(found) > 1:
-                raise ValueError(
+                problems.append(
                     f"rotary frequencies in the weights differ between layers, {sorted(found)}, where a stock model "
                     "has one rotary embedding. The file is damaged: take it anew from where it was saved."
                 )
+        if problems:
+            lines = "\n  ".join(sorted(problems))
+            raise ValueError(f"The adapter file does not fit this model and its adapter_config.json:\n  {lines}")
         self._loading = set()
         for adapter_name in self.peft_config:
             if any(f".{adapter_name}." in key for key in state_dict):
@@ -181,11 +217,14 @@ class AsymGQAModel(LoraModel):
                 self.peft_config[adapter_name].initialized = None
                 self._newly_wrapped.remove(adapter_name)
 
-    def _own_tensors(self, prefix: str) -> dict[str, Tensor]:
-        own = {prefix + name: parameter for name, parameter in self.named_parameters(remove_duplicate=False)}
-        for at, layout in self._layouts(prefix):
-            own |= layout.state_dict(prefix=at)
-        return own
+    def _embeddings(self, prefix: str) -> list[str]:
+        """Names of the embeddings in a state dict, the head included: what PEFT saves where they were resized."""
+        embeddings = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        names = []
+        for name, module in self.named_modules():
+            if module in embeddings:
+                names += [f"{prefix}{name}.{tensor}" for tensor in module.state_dict()]
+        return names
 
     def _layouts(self, prefix: str) -> Iterator[tuple[str, HeadLayout]]:
         """The groups of all layers and adapters, with their names in a state dict."""
@@ -334,8 +373,17 @@ def _unknown_cache_shape() -> None:
     """What transformers takes to allocate a static cache at its first use, from the keys that it gets."""
 
 
+def _no_continuous_batching(*args, **kwargs) -> None:
+    """What generate_batch begins with: its paged cache goes by the base's configuration, and fails in a thread."""
+    raise ValueError(
+        "continuous batching (generate_batch) cannot cache the shared heads of an adapter: call it on what "
+        "merge_and_unload() returns, or use generate."
+    )
+
+
 def _remove_hooks(model: nn.Module) -> None:
-    vars(model).pop("_get_static_cache_init_shape", None)
+    for name in ("_get_static_cache_init_shape", "init_continuous_batching"):
+        vars(model).pop(name, None)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):

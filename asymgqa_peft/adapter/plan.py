@@ -96,7 +96,7 @@ def plan_export(
     Raises:
         ValueError: for a quantised base, or where no stock class can hold the groups; with the remedy.
     """
-    if getattr(model, "hf_quantizer", None) is not None:
+    if is_quantised(model):
         raise ValueError(
             f"The base is quantised ({type(model.hf_quantizer).__name__}) and cannot hold new K/V heads: load the "
             "base in bf16, load the adapter onto it, and merge there."
@@ -151,6 +151,15 @@ def plan_export(
         stand_in=chosen.stand_in,
         **scales,
     )
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether some of the base's weights are packed."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.quantization_config.quant_method != "gguf":
+        return quantizer is not None
+    # transformers unpacks GGUF files of most architectures while loading them, and keeps the quantizer.
+    return any("gguf" in type(module).__module__ for module in model.modules())
 
 
 def _has_tied_head(model: PreTrainedModel) -> bool:
