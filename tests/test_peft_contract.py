@@ -15,14 +15,17 @@ import torch
 import transformers
 from models import (
     BASES,
+    CASES,
     GROUPS,
     LAYERS,
     OTHER_GROUPS,
+    adapted,
     adapter_config,
     assert_equal,
     logits,
     perturb,
     prompt,
+    stock,
     tensors,
     tiny_llama,
     wrap,
@@ -43,6 +46,7 @@ from transformers import (
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from asymgqa_peft.adapter import layer as layers
+from asymgqa_peft.adapter import model as tuner
 from asymgqa_peft.families import head_shape
 
 MERGE_TOLERANCE = 1.5e-6  # of the largest logit, in fp32
@@ -500,15 +504,25 @@ def test_merge_and_unmerge_in_place(base, family):
     model.merge_adapter()
     assert {layer.merged for layer in shared_layers(model)} == {True}
     assert close(logits(model), adapted)
+    served = BASES[family]()
+    served.load_state_dict(served_weights(model))
+    assert close(logits(served), adapted)
     assert not torch.equal(model.state_dict()[q_weight(model)], before[q_weight(model)])  # LoRA is folded
     model.unmerge_adapter()
     assert {layer.merged for layer in shared_layers(model)} == {False}
     assert close(logits(model), adapted)
-    with model.disable_adapter():  # LoRA adds and subtracts its product, which rounds: as for LoRA
-        assert close(logits(model), reference)
-    for name, tensor in model.state_dict().items():
-        if ".lora_" in name or "k_proj" in name or "v_proj" in name:
-            assert torch.equal(tensor, before[name]), name
+    assert_equal(tensors(model), before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), reference)
+
+
+def served_weights(model) -> dict[str, torch.Tensor]:
+    """The base's weights as TRL sends them to vLLM: merged, without what belongs to adapters."""
+    weights = {}
+    for name, tensor in model.base_model.model.state_dict().items():
+        if "lora_" not in name and "original_module" not in name:
+            weights[name.replace(".base_layer", "").replace("modules_to_save.default.", "")] = tensor
+    return weights
 
 
 def q_weight(model) -> str:
@@ -521,7 +535,7 @@ def test_without_lora_unmerging_restores_the_base_bit_for_bit(base, family):
     model = wrap(base, GROUPS[family], target_modules=[])
     adapted = logits(model)
     model.merge_adapter()
-    assert torch.equal(logits(model), adapted) and not torch.equal(adapted, reference)
+    assert close(logits(model), adapted) and not close(adapted, reference)
     model.unmerge_adapter()
     with model.disable_adapter():
         assert torch.equal(logits(model), reference)
@@ -532,8 +546,83 @@ def test_disabling_a_merged_adapter_unmerges_all_of_it(pair, base):
     model.merge_adapter(["other"])
     assert close(logits(model), alone["other"])  # as for LoRA: what is merged is in effect, not what is active
     with model.disable_adapter():
-        assert close(logits(model), logits(base))
-    assert close(logits(model), alone["default"])  # and not the one's heads with the other's LoRA
+        assert torch.equal(logits(model), logits(base))
+    assert torch.equal(logits(model), alone["default"])  # and not the one's heads with the other's LoRA
+
+
+def test_what_comes_while_an_adapter_is_merged(pair, family, tmp_path):
+    """It is unmerged first, or refused: nothing reads merged weights as the base's."""
+    model, alone = pair
+    before = tensors(model)
+    model.merge_adapter(["other"])
+    with pytest.raises(ValueError, match=r"An adapter is merged: call unmerge_adapter\(\) first"):
+        model.add_adapter("third", adapter_config(GROUPS[family]))
+    with pytest.warns(UserWarning, match="'other' is merged already, nothing to do"):
+        model.merge_adapter(["other"])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(BASES[family](), tmp_path / "other")), alone["other"])
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.set_adapter("other")
+    assert torch.equal(logits(model), alone["other"])
+    model.merge_adapter()
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert torch.equal(logits(twin), alone["other"]) and close(logits(model), alone["other"])
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), alone["default"])
+    for name, tensor in tensors(model).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_merge_in_place_that_is_stopped_leaves_the_model_as_it_was(wrapped, monkeypatch):
+    before, adapted = tensors(wrapped), logits(wrapped)
+    fold, folded = tuner.fold_into_base, []
+
+    def stopped(site, heads):
+        if folded:
+            raise KeyboardInterrupt
+        folded.append(site)
+        fold(site, heads)
+
+    monkeypatch.setattr(tuner, "fold_into_base", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        wrapped.merge_adapter()
+    assert folded and not any(layer.merged for layer in shared_layers(wrapped))
+    assert_equal(tensors(wrapped), before)
+    assert torch.equal(logits(wrapped), adapted)
+
+
+FOLDED = [name for name, case in CASES.items() if case.head_dim is None and not name.startswith("olmo2")]
+
+
+@pytest.mark.parametrize("name", [*FOLDED, "olmo2-equal", "olmo2-single"])
+def test_merged_base_weights_hold_the_adapter_in_every_family(name):
+    model = adapted(name)
+    expected = logits(model)
+    before = tensors(model)
+    model.merge_adapter()
+    served = copy.deepcopy(stock(name))
+    served.load_state_dict(served_weights(model))
+    torch.testing.assert_close(logits(served), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(stock(name)), expected, rtol=1e-2)
+    tokens = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(prompt(), **tokens), served.generate(prompt(), **tokens))
+    model.unmerge_adapter()
+    assert_equal(tensors(model), before)
+
+
+UNFOLDABLE = {"llama-wide": "its heads have 16 dimensions, the base's 8", "olmo2": "a norm spans all keys"}
+
+
+@pytest.mark.parametrize("name", UNFOLDABLE)
+def test_what_the_base_weights_cannot_hold_is_refused(name):
+    model = adapted(name)
+    before, expected = tensors(model), logits(model)
+    with pytest.raises(ValueError, match=f"merge_adapter cannot write.*{UNFOLDABLE[name]}.*Use merge_and_unload"):
+        model.merge_adapter()
+    assert_equal(tensors(model), before)
+    assert torch.equal(logits(model), expected)
 
 
 def test_merging_two_adapters_is_refused(pair):

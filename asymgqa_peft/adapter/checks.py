@@ -147,6 +147,24 @@ def warn_if_not_exportable(
             return
 
 
+def check_foldable(model: PreTrainedModel, sites: Sequence[AttentionSite], adapter_name: str) -> None:
+    """Raise ValueError for an adapter that the base's weights cannot hold in their own shape."""
+    reason = None
+    for site in sites:
+        layout = site.layout(adapter_name)
+        if layout.shape.head_dim != site.shape.head_dim:
+            reason = f"its heads have {layout.shape.head_dim} dimensions, the base's {site.shape.head_dim}"
+        elif site.key_norm is not None and len(set(map(len, layout.partition))) > 1:
+            reason = "a norm spans all keys, in which a head that is stored more often than others would count more"
+    if is_quantised(model):
+        reason = f"they are quantised ({type(model.hf_quantizer).__name__})"
+    if reason:
+        raise ValueError(
+            f"merge_adapter cannot write the adapter {adapter_name!r} into the base's weights: {reason}. Use "
+            "merge_and_unload on an unquantised base, which makes a plain model of another shape."
+        )
+
+
 def check_modules_to_save(config: AsymGQAConfig, shared_names: Collection[str]) -> None:
     """Raise ValueError if modules_to_save names a shared projection or something that holds one."""
     for name in shared_names:

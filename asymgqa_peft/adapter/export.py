@@ -32,7 +32,7 @@ def export_plain_model(
 
 
 def _write_layer(site: AttentionSite, layout: SlotLayout, shared: SharedHeads, plan: ExportPlan) -> None:
-    query = _fitted_queries(site, layout, shared, plan)
+    query = _fitted_queries(site, layout, shared, plan.rotary_scale, plan.query_scale)
     source = list(layout.kv_source)
     if site.query_norm is not None:
         # A norm over all slots is to act as the base's over H heads, but empty slots thin out the mean square. With
@@ -50,7 +50,32 @@ def _write_layer(site: AttentionSite, layout: SlotLayout, shared: SharedHeads, p
     site.replace_projections(query, key, value, _mixed_outputs(site, layout, shared), unfuse)
 
 
-def _fitted_queries(site: AttentionSite, layout: SlotLayout, shared: SharedHeads, plan: ExportPlan) -> Tensor:
+def fold_into_base(site: AttentionSite, shared: SharedHeads) -> None:
+    """Write the shared heads into the base's own weights, in their shape: every KV head is the one of its group.
+
+    The heads have the base's width, and no norm spans stored heads of unequal groups.
+    """
+    shape = site.shape
+    group_of_head = {head: index for index, group in enumerate(shared.partition) for head in group}
+    source = [group_of_head[head] for head in range(shape.base_kv_heads)]
+    heads = tuple(range(shape.num_attention_heads))
+    layout = SlotLayout(shape.queries_per_kv, tuple(source), head_of_slot=heads, slot_of_head=heads)
+    site.write_base(
+        _fitted_queries(site, layout, shared),
+        join_bias(shared.key, shared.key_bias)[source],
+        join_bias(shared.value, shared.value_bias)[source],
+        _mixed_outputs(site, layout, shared),
+        None if shared.key_norm is None else shared.key_norm[source],
+    )
+
+
+def _fitted_queries(
+    site: AttentionSite,
+    layout: SlotLayout,
+    shared: SharedHeads,
+    rotary_scale: float = 1.0,
+    query_scale: float = 1.0,
+) -> Tensor:
     """Queries (slots, W, E), with a bias (slots, W, E + 1), fitted to the shared heads; zero in empty slots."""
     weights, shape = site.weights(), shared.shape
     heads = join_bias(weights.query, weights.query_bias).unflatten(0, (-1, site.shape.head_dim))
@@ -62,8 +87,8 @@ def _fitted_queries(site: AttentionSite, layout: SlotLayout, shared: SharedHeads
             pairs = pairs * shared.query_gain[head][:, None]
         if shared.query_mix is not None:
             rest = shared.query_mix[head] @ rest
-        rotary = torch.cat((pairs.real, pairs.imag)) * plan.rotary_scale
-        slots[slot] = torch.cat((rotary, rest)) * plan.query_scale
+        rotary = torch.cat((pairs.real, pairs.imag)) * rotary_scale
+        slots[slot] = torch.cat((rotary, rest)) * query_scale
     return slots
 
 

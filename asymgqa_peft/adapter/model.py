@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from peft import PeftType, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 from ..config import AsymGQAConfig
 from ..groups import HeadGroups
 from .checks import (
+    check_foldable,
     check_modules,
     check_modules_to_save,
     check_not_sharded,
@@ -27,7 +30,7 @@ from .checks import (
     tensor_problems,
     warn_if_not_exportable,
 )
-from .export import export_plain_model
+from .export import export_plain_model, fold_into_base
 from .layer import SharedLayer, SharedProjection
 from .plan import ExportPlan, plan_export
 from .site import attention_sites, base_layer
@@ -45,6 +48,8 @@ class AsymGQAModel(LoraModel):
     """
 
     tuner_layer_cls = (LoraLayer, SharedLayer)
+    # The base's parameters and copies of what was in them before merge_adapter.
+    _before_merge: Sequence[tuple[nn.Parameter, Tensor]] = ()
 
     def __init__(self, model: PreTrainedModel, *args, **kwargs) -> None:
         check_unadapted(model)  # before PEFT enters the new adapter beside those that the model has
@@ -53,6 +58,8 @@ class AsymGQAModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: AsymGQAConfig, model_config: dict) -> AsymGQAConfig:
         # PEFT calls this before it changes anything: every check of config against model belongs here.
+        if self._before_merge:
+            raise ValueError("An adapter is merged: call unmerge_adapter() first, a new one starts from the base.")
         if not hasattr(self, "sites"):
             sites = attention_sites(self.model)
             check_not_sharded(self.model)
@@ -245,10 +252,14 @@ class AsymGQAModel(LoraModel):
         """
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise ValueError(f"adapter_name={adapter_name!r}: attention has one set of K/V heads, activate one.")
+        if self._before_merge:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the active one, one of the others becomes active in every layer."""
+        self.unmerge_adapter()
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         if was_active and self.peft_config:
@@ -309,6 +320,7 @@ class AsymGQAModel(LoraModel):
     ):
         unload = super()._unload_and_optionally_merge
         if not merge:
+            self.unmerge_adapter()
             _remove_hooks(self.model)
             model = unload(merge=False, progressbar=progressbar)
             for site in self.sites:
@@ -319,22 +331,55 @@ class AsymGQAModel(LoraModel):
         if safe_merge:
             self._check_finite(name)
         plan = self.plan_export(name, **layout)  # may refuse: nothing has changed yet
+        self.unmerge_adapter()
         readers = [site.reader(name) for site in self.sites]
         _remove_hooks(self.model)
         model = unload(merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=[name])
         return export_plain_model(model, plan, readers)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge one adapter in place; `unmerge_adapter` takes it back.
+        """Merge one adapter into the base's weights, in the base's own shape; `unmerge_adapter` takes it back.
+
+        Whoever reads the base's weights then, as TRL does for vLLM, has the adapter in them; but the cache is as large
+        as the base's. What the weights were is kept in main memory.
 
         Raises:
-            ValueError: for several adapters, or one with NaNs under `safe_merge`; nothing is merged then.
+            ValueError: for several adapters, one with NaNs under `safe_merge`, or one that the base's weights cannot
+                hold; nothing is merged then.
         """
         name = self._adapter_to_merge(adapter_names)
         self._warn_if_uninitialized([name])
         if safe_merge:
             self._check_finite(name)
-        super().merge_adapter([name], safe_merge=safe_merge)
+        if self._before_merge:
+            warnings.warn(f"The adapter {name!r} is merged already, nothing to do.", stacklevel=2)
+            return
+        check_foldable(self.model, self.sites, name)
+        parameters = [parameter for site in self.sites for parameter in site.base_parameters()]
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                parameters += module.get_base_layer().parameters()
+        self._before_merge = [(each, each.detach().to("cpu", copy=True)) for each in dict.fromkeys(parameters)]
+        try:
+            super().merge_adapter([name], safe_merge=safe_merge)
+            for site in self.sites:
+                fold_into_base(site, site.reader(name)())
+        except BaseException:
+            self.unmerge_adapter()
+            raise
+
+    @torch.no_grad()
+    def unmerge_adapter(self) -> None:
+        """Restore the base's weights, to the last bit, if an adapter is merged into them."""
+        super().unmerge_adapter()
+        for parameter, before in self._before_merge:
+            parameter.copy_(before)
+        self._before_merge = ()
+
+    def disable_adapter_layers(self) -> None:
+        """Switch the adapter off; one that is merged is unmerged first, as LoRA layers do it one by one."""
+        self.unmerge_adapter()
+        super().disable_adapter_layers()
 
     def _check_finite(self, adapter_name: str) -> None:
         # Of all tensors beforehand: PEFT looks layer by layer, and leaves a half-merged model where it stops.
