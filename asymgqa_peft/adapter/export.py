@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import dispatch_model, init_empty_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..groups import SlotLayout
 from ..heads import SharedHeads, join_bias
@@ -116,9 +118,9 @@ def _as_stock_model(model: PreTrainedModel, plan: ExportPlan) -> PreTrainedModel
     plain.load_state_dict(_renamed(model.state_dict(), plan), strict=True, assign=True)
     plain.tie_weights()
     plain.export_plan = plan  # for export_report; not part of the configuration
-    _take_over_buffers(model, plain)
+    _place_buffers(model, plain)
     if model.can_generate():
-        plain.generation_config = copy.deepcopy(model.generation_config)
+        plain.generation_config = _savable(model.generation_config)
     plain.train(model.training)
     device_map = getattr(model, "hf_device_map", None)
     return dispatch_model(plain, device_map) if device_map and len(set(device_map.values())) > 1 else plain
@@ -139,12 +141,45 @@ def _renamed(tensors: dict[str, Tensor], plan: ExportPlan) -> dict[str, Tensor]:
     return renamed
 
 
-def _take_over_buffers(model: nn.Module, plain: nn.Module) -> None:
-    """Buffers that no state dict holds (rotary frequencies), with their device; a wide head has its own."""
-    buffers = dict(model.named_buffers())
+def _place_buffers(model: nn.Module, plain: nn.Module) -> None:
+    """Put what no state dict holds (rotary frequencies) where the model has it.
+
+    It starts fresh: what a long input made of the model's, dynamic RoPE would not take back.
+    """
+    buffers, loaded = dict(model.named_buffers()), plain.state_dict()
     for name, buffer in list(plain.named_buffers()):
-        if name not in buffers:
-            continue
-        parent, _, attribute = name.rpartition(".")
-        taken = buffers[name] if buffers[name].shape == buffer.shape else buffer.to(buffers[name].device)
-        setattr(plain.get_submodule(parent), attribute, taken)
+        if name in buffers and name not in loaded:
+            parent, _, attribute = name.rpartition(".")
+            setattr(plain.get_submodule(parent), attribute, buffer.to(buffers[name].device))
+
+
+def _savable(config: GenerationConfig) -> GenerationConfig:
+    """A copy that can be saved: flags that its own mode of generation ignores would stop saving the model."""
+    config, dropped = copy.deepcopy(config), {}
+    if config.use_cache is False:
+        config.use_cache = True  # as in `plan._stock`
+    while (refusal := _refusal_to_save(config)) is not None:
+        values, defaults = config.to_diff_dict(), vars(GenerationConfig())
+        named = [name for name in values if f"`{name}`" in refusal]
+        for name in named or values:
+            dropped[name] = values[name]
+            vars(config).pop(name, None)
+            if name in defaults:
+                setattr(config, name, defaults[name])
+        if not named:
+            break
+    if dropped:
+        warnings.warn(
+            f"The generation configuration cannot be saved as it is: {dropped} were dropped from the plain model's.",
+            stacklevel=7,  # who called merge_and_unload
+        )
+    return config
+
+
+def _refusal_to_save(config: GenerationConfig) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config.save_pretrained(folder)
+        except ValueError as error:
+            return str(error)
+    return None

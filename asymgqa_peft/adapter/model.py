@@ -331,6 +331,7 @@ class AsymGQAModel(LoraModel):
         if safe_merge:
             self._check_finite(name)
         plan = self.plan_export(name, **layout)  # may refuse: nothing has changed yet
+        _warn_of_hooks(self.model)
         self.unmerge_adapter()
         readers = [site.reader(name) for site in self.sites]
         _remove_hooks(self.model)
@@ -412,6 +413,21 @@ def _short_names(targets: set[str], model: nn.Module) -> set[str]:
     short = {name.rpartition(".")[2] for name in targets}
     others = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - targets
     return targets if any(name.rpartition(".")[2] in short for name in others) else short
+
+
+def _warn_of_hooks(model: nn.Module) -> None:
+    """Warn of hooks that somebody put on the base's modules: the plain model has modules of its own."""
+    hooked = []
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            library = getattr(hook, "__module__", "").partition(".")[0]
+            if library not in ("accelerate", "asymgqa_peft", "peft", "transformers"):
+                hooked.append(name.removesuffix(".base_layer"))
+    if hooked:
+        warnings.warn(
+            f"Forward hooks on {', '.join(sorted(set(hooked)))} do not come along: register them on the plain model.",
+            stacklevel=4,  # who called merge_and_unload
+        )
 
 
 def _unknown_cache_shape() -> None:

@@ -138,6 +138,10 @@ def plan_export(
         for stock in (chosen.plain, other):
             if stock is not None:
                 stock.config.tie_word_embeddings = False
+    in_order = tuple(range(heads.base.num_attention_heads))
+    if any(layout.slot_of_head != in_order for layout in chosen.layouts):
+        # For whoever has adapters of the base: they load where shapes are the same, and change other heads.
+        chosen.plain.config.query_heads_permuted = True
     adapter = copy.deepcopy(adapter)
     adapter.head_groups = groups.to_lists()
     return ExportPlan(
@@ -332,8 +336,17 @@ def _classes_of(base: StockModel, stand_in: StandIn) -> tuple[type | None, type]
 
 
 def _stock(model_class: type, config: PretrainedConfig, family: Family) -> StockModel:
-    """The class and its configuration, which gets the names that engines read."""
+    """The class and its configuration, which gets the names that engines read and loses what is not the model's."""
     config.architectures = [model_class.__name__]
+    if getattr(config, "use_cache", None) is False:
+        # What the Trainer leaves behind, and what would slow everyone down who generates.
+        config.use_cache = True
+    # Code of the base that the plain checkpoint does not come with, and how weights were packed that are not any more.
+    lost = ["quantization_config"]
+    if model_class.__module__.startswith("transformers."):
+        lost += ["auto_map", "custom_pipelines"]
+    for name in lost:
+        vars(config).pop(name, None)
     parameters = getattr(config, "rope_parameters", None)
     if isinstance(parameters, dict) and "rope_theta" in parameters:
         # Engines written for transformers 4 read RoPE fields at the top level; transformers 5 takes both.
