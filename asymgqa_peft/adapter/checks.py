@@ -290,7 +290,7 @@ def tensor_problems(
     if not given:
         return ["it holds no tensor of this model"]
     adapters = {_adapter_of(key) for key in given if key in own} - {None}
-    problems = []
+    problems, replaced = [], []
     for key in own:
         if _adapter_of(key) not in adapters or key in given:
             continue
@@ -316,8 +316,14 @@ def tensor_problems(
         elif _is_of_base(key):
             if not is_whole and key not in embeddings:
                 problems.append(f"a tensor of the base, which no adapter may change: {key}")
+            elif not is_whole:
+                replaced.append(key)
         elif tensor.is_floating_point() and not _is_finite(tensor, own[key].dtype):
             problems.append(f"NaN or inf: {key}")
+    if replaced and not problems:
+        warnings.warn(
+            f"The adapter file replaces the base's {', '.join(replaced)}, also while it is off.", stacklevel=4
+        )
     return problems
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from peft import PeftType, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -253,8 +253,9 @@ class AsymGQAModel(LoraModel):
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise ValueError(f"adapter_name={adapter_name!r}: attention has one set of K/V heads, activate one.")
         if self._before_merge:
+            # As PEFT says it, whose layers would subtract what they added.
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
-            self.unmerge_adapter()
+        self.unmerge_adapter()
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -358,7 +359,7 @@ class AsymGQAModel(LoraModel):
         check_foldable(self.model, self.sites, name)
         parameters = [parameter for site in self.sites for parameter in site.base_parameters()]
         for module in self.model.modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, BaseTunerLayer):
                 parameters += module.get_base_layer().parameters()
         self._before_merge = [(each, each.detach().to("cpu", copy=True)) for each in dict.fromkeys(parameters)]
         try:
@@ -372,6 +373,8 @@ class AsymGQAModel(LoraModel):
     @torch.no_grad()
     def unmerge_adapter(self) -> None:
         """Restore the base's weights, to the last bit, if an adapter is merged into them."""
+        if not self._before_merge:
+            return
         super().unmerge_adapter()
         for parameter, before in self._before_merge:
             parameter.copy_(before)
