@@ -153,7 +153,7 @@ class AsymGQAConfig(LoraConfig):
                 f"distillation read: use one of {', '.join(map(repr, _STARTS))}."
             )
         for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
-            if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            if not (_is_int(alpha) or isinstance(alpha, float)) or not 0 < alpha < math.inf:
                 raise ValueError(f"lora_alpha={alpha!r} must be a number > 0: at 0 LoRA can learn nothing.")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)

@@ -40,6 +40,7 @@ BAD_FIELDS = [
     ({"megatron_config": {"a": 1}}, "megatron_config=.*is not supported.*leave it unset"),
     ({"lora_alpha": 0}, "lora_alpha=0 must be a number > 0"),
     ({"lora_alpha": math.nan}, "lora_alpha=nan must be a number > 0"),
+    ({"lora_alpha": True}, "lora_alpha=True must be a number > 0"),
     ({"lora_alpha": "8"}, "lora_alpha='8' must be a number > 0"),
     ({"alpha_pattern": {"q_proj": 0}}, "lora_alpha=0 must be a number > 0"),
 ]

@@ -266,6 +266,7 @@ DAMAGES = {  # what is put under which name; ".lora_x" is the first tensor of th
         "a tensor of the base",
     ),
     "unknown base_layer": (lambda family, tensor: torch.zeros(1), "base_model.model.x.base_layer.y", "unknown: "),
+    "unknown at the top": (lambda family, tensor: torch.zeros(1), "junk", "unknown: junk"),
     "NaN": (lambda family, tensor: tensor.index_fill(0, torch.tensor(0), math.nan), ".lora_kv", "NaN or inf: "),
     "inf": (lambda family, tensor: tensor.index_fill(0, torch.tensor(0), math.inf), ".lora_A", "NaN or inf: "),
     "too large": (lambda family, tensor: tensor.double() * 1e300, ".lora_B", "NaN or inf: "),
@@ -274,6 +275,8 @@ DAMAGES = {  # what is put under which name; ".lora_x" is the first tensor of th
     "bool": (lambda family, tensor: tensor > 0, ".lora_value_mix", "dtype torch.bool instead of torch.float32"),
     "cut": (lambda family, tensor: tensor[:-1].clone(), ".lora_query_gain", "shape "),
     "groups": (lambda family, tensor: torch.zeros_like(tensor), ".lora_groups", "leave a group empty"),
+    "complex groups": (lambda family, tensor: tensor.cfloat(), ".lora_groups", "must be . integers"),
+    "bool groups": (lambda family, tensor: tensor > 0, ".lora_groups", "must be . integers"),
 }
 
 

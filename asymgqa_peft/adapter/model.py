@@ -187,6 +187,10 @@ class AsymGQAModel(LoraModel):
         # tensors and says nothing about unknown ones.
         problems = []
         if not is_sharded(self):
+            # What the PeftModel around it did not know; it holds nothing else.
+            *_, unexpected_keys, _error_messages = args
+            root = prefix.removesuffix("base_model.")
+            problems += [f"unknown: {key}" for key in unexpected_keys if key.startswith(root)]
             given = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
             own = self.state_dict(prefix=prefix, keep_vars=True)
             problems += tensor_problems(given, own, self._declared_adapters(), self._embeddings(prefix))
