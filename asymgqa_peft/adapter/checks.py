@@ -113,7 +113,7 @@ def shared_shape(
 
 def _refusal_of_width(shape: HeadShape, family: Family, model_config) -> str | None:
     if not shape.free_keys or not shape.free_values:
-        return "a norm or clamp between projection and attention fixes the width of its heads"
+        return "a clamp between projection and attention fixes the width of its heads"
     if not family.grouped or not family.explicit_head_dim:
         return "its configuration knows no width of heads, so that no plain checkpoint could hold them"
     if family.wide_as is not None and not family.wide_as.can_replace(model_config):
@@ -154,7 +154,7 @@ def check_foldable(model: PreTrainedModel, sites: Sequence[AttentionSite], adapt
         layout = site.layout(adapter_name)
         if layout.shape.head_dim != site.shape.head_dim:
             reason = f"its heads have {layout.shape.head_dim} dimensions, the base's {site.shape.head_dim}"
-        elif site.key_norm is not None and len(set(map(len, layout.partition))) > 1:
+        elif site.family.norm_span == "layer" and len(set(map(len, layout.partition))) > 1:
             reason = "a norm spans all keys, in which a head that is stored more often than others would count more"
     if is_quantised(model):
         reason = f"they are quantised ({type(model.hf_quantizer).__name__})"
