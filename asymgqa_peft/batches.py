@@ -7,14 +7,19 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 Batch = Mapping[str, Tensor] | Tensor
-"""`input_ids` (B, T) with an optional `attention_mask` and optional `labels` of that shape, or token ids (B, T)."""
+"""`input_ids` (B, T), optionally `attention_mask`, `position_ids` and `labels` of that shape, or token ids (B, T).
+
+Positions that begin again within a row are packed documents, none of which attends to another: without a mask.
+"""
+_BESIDE_IDS = ("attention_mask", "position_ids", "labels")
 
 
 def checked_batches(batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
-    """All batches as dicts of `input_ids` and, where given, `attention_mask` and `labels`, each (B, T).
+    """All batches as dicts of `input_ids` and what is given beside it, each (B, T).
 
     Raises:
-        ValueError: if `batches` is a single batch or none at all, or for the first batch that is malformed.
+        ValueError: if `batches` is a single batch or none at all, or for the first batch that is malformed or holds
+            what would not be read.
     """
     if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
         raise ValueError(
@@ -31,8 +36,15 @@ def _checked_batch(index: int, batch: object) -> dict[str, Tensor]:
             f"batches[{index}]: input_ids must be integers of shape (B, T), got {_seen(ids)}: pass LongTensors "
             "(B, T), or dicts that hold one as 'input_ids'."
         )
+    # Tokenizers write token_type_ids unasked, and no supported model has them.
+    for name in sorted(given.keys() - {"input_ids", "token_type_ids", *_BESIDE_IDS}):
+        if given[name] is not None:
+            raise ValueError(
+                f"batches[{index}] holds {name!r}, which is not read: only input_ids, {', '.join(_BESIDE_IDS)} are. "
+                "Leave it out if the model does not need it."
+            )
     checked = {"input_ids": ids}
-    for name in ("attention_mask", "labels"):
+    for name in _BESIDE_IDS:
         tensor = given.get(name)
         if tensor is None:
             continue

@@ -215,7 +215,7 @@ def base_licence(base: str | None, revision: str | None = None, token: str | Non
 
 def check_repo_id(repo_id: str, field: str = "repo_id") -> None:
     """Raise ValueError unless `repo_id` is an "owner/name" that the Hub accepts."""
-    if "/" not in repo_id or not _is_repo_id(repo_id):
+    if not isinstance(repo_id, str) or "/" not in repo_id or not _is_repo_id(repo_id):
         raise ValueError(f"{field}={repo_id!r} must be 'owner/name' of a repository, in letters, digits and - _ .")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -18,6 +19,8 @@ _NOT_SUPPORTED = {
     "megatron_config": "its projections are sharded over heads",
     "target_parameters": "it wraps tensors, not projections",
 }
+_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+"""`init_lora_weights` that leave the base's weights alone."""
 
 
 def _option(default: object, text: str) -> Any:
@@ -143,7 +146,16 @@ class AsymGQAConfig(LoraConfig):
                 raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, get_args(choices)))}.")
 
     def _check_lora(self) -> None:
-        for name in ("target_modules", "modules_to_save"):
+        start = self.init_lora_weights
+        if (start.lower() if isinstance(start, str) else start) not in _STARTS:
+            raise ValueError(
+                f"init_lora_weights={start!r} is not supported, it rewrites the base's weights, which calibration and "
+                f"distillation read: use one of {', '.join(map(repr, _STARTS))}."
+            )
+        for alpha in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
+            if not (_is_int(alpha) or isinstance(alpha, float)) or not 0 < alpha < math.inf:
+                raise ValueError(f"lora_alpha={alpha!r} must be a number > 0: at 0 LoRA can learn nothing.")
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             modules = value if isinstance(value, list | set | tuple) else [value]
             for module in modules:

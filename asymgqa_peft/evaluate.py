@@ -31,8 +31,9 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], progress: bool = Fals
 
     Args:
         model: a causal language model, wrapped or plain; it is evaluated in eval mode and left as it was.
-        batches: dicts with `input_ids` (B, T) and optionally `attention_mask` (B, T) and `labels` (B, T), or
-            LongTensors (B, T). A token is predicted if it and its predecessor are attended and its label is not -100.
+        batches: dicts with `input_ids` (B, T) and optionally `attention_mask`, `position_ids` (of packed rows) and
+            `labels`, all (B, T), or LongTensors (B, T). A token is predicted if it and its predecessor are attended
+            and its label is not -100.
         progress: show a progress bar.
 
     Raises:

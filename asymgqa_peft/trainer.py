@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from trl import SFTTrainer
 
-from .adapter.layer import SHARED_CONTAINERS
+from .adapter.layer import SHARED_CONTAINERS, SharedLayer
 from .distillation import CHUNK_BYTES, STATISTICS, LossSums, OutputLayer, distillation_loss
 
 
@@ -43,7 +42,8 @@ class AsymGQATrainer(SFTTrainer):
             that is passed in, or defined in a DeepSpeed config.
 
     Raises:
-        ValueError: for a bad argument, or an SFTConfig option that distillation does not define. On the first batch,
+        ValueError: for a bad argument, an SFTConfig option that distillation does not define, a model without shared
+            heads or with nothing to train. On the first batch,
             for a model whose output layer is not linear or does not reproduce the model's logits.
     """
 
@@ -76,6 +76,10 @@ class AsymGQATrainer(SFTTrainer):
             for name, parameter in _shared_head_parameters(model):
                 exact_values[name] = parameter.data
         super().__init__(*args, **kwargs)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                f"{type(self.model).__name__} has no parameter to train: load the adapter with is_trainable=True."
+            )
         # bf16 would swallow most steps of a usual size. ZeRO-3 gathers into buffers of one dtype, so there they keep
         # the dtype of the others.
         if not self.is_deepspeed_enabled:
@@ -87,10 +91,11 @@ class AsymGQATrainer(SFTTrainer):
             self._check_distillable()
 
     def _check_distillable(self) -> None:
-        if not isinstance(getattr(self.model, "base_model", None), BaseTuner):
+        if not any(isinstance(module, SharedLayer) for module in self.model.modules()):
             raise ValueError(
-                f"distillation_weight={self.distillation_weight} needs an adapter to switch off for the teacher, got "
-                f"{type(self.model).__name__}: pass a PeftModel or peft_config, or distillation_weight=0."
+                f"distillation_weight={self.distillation_weight} needs an AsymGQA adapter, whose base is the teacher, "
+                f"got {type(self.model).__name__} without one: pass a PeftModel or peft_config of AsymGQAConfig, or "
+                "distillation_weight=0."
             )
         parallelism = self.accelerator.parallelism_config
         splits_sequences = parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)

@@ -83,6 +83,11 @@ INITIALIZATION, EVALUATION = "initialization.json", "evaluation.json"
 def main(arguments: list[str] | None = None) -> None:
     with in_one_line("options"):
         args, training = TrlParser((ConversionArguments, SFTConfig)).parse_args_and_config(arguments)
+        if training.n_gpu > 1:
+            raise ValueError(
+                f"{training.n_gpu} GPUs are visible to one process: start with `accelerate launch` or `torchrun`, or "
+                "make one visible (CUDA_VISIBLE_DEVICES=0)."
+            )
     # Else ZeRO-3 would shard, on loading, weights that the initialisation has to read.
     unset_hf_deepspeed_config()
     output = check_writable(training.output_dir)

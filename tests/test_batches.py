@@ -12,13 +12,14 @@ IDS = torch.arange(12).view(3, 4)
 def test_every_form_of_a_batch_becomes_a_dict_of_what_was_given():
     mask = torch.ones_like(IDS)
     given = [IDS, {"input_ids": IDS, "labels": None}, BatchEncoding({"input_ids": IDS, "attention_mask": mask})]
-    given.append({"input_ids": IDS, "attention_mask": mask, "labels": IDS, "token_type_ids": IDS})
+    beside = {"attention_mask": mask, "position_ids": IDS, "labels": IDS}
+    given.append({"input_ids": IDS, **beside, "token_type_ids": IDS, "inputs_embeds": None})
     names = [set(batch) for batch in checked_batches(iter(given))]
-    full = {"input_ids", "attention_mask", "labels"}
+    full = {"input_ids", *beside}
     assert names == [{"input_ids"}, {"input_ids"}, {"input_ids", "attention_mask"}, full]
 
 
-@pytest.mark.parametrize("name", ["attention_mask", "labels"])
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids", "labels"])
 @pytest.mark.parametrize(
     ("tensor", "seen"),
     [(torch.ones(3, 5), r"float32 of shape \(3, 5\)"), ([[1] * 4] * 3, "list"), (IDS[0], r"\(4,\)")],
@@ -26,6 +27,12 @@ def test_every_form_of_a_batch_becomes_a_dict_of_what_was_given():
 def test_what_goes_with_the_tokens_has_their_shape(name, tensor, seen):
     with pytest.raises(ValueError, match=rf"batches\[1\]: {name} must have input_ids' shape \(3, 4\), got .*{seen}: "):
         checked_batches([IDS, {"input_ids": IDS, name: tensor}])
+
+
+@pytest.mark.parametrize("name", ["inputs_embeds", "cu_seq_lens_q", "past_key_values", "text"])
+def test_what_would_not_be_read_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=rf"batches\[1\] holds {name!r}, which is not read: only input_ids"):
+        checked_batches([IDS, {"input_ids": IDS, name: IDS}])
 
 
 @pytest.mark.parametrize("ids", [IDS[0], IDS.float(), IDS[:0], IDS[None], None, "text"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import GROUPS, adapter_config, logits, tiny_llama, tiny_phi, wrap
-from peft import PeftConfig, get_peft_model
+from models import GROUPS, adapter_config, assert_equal, logits, tensors, tiny_llama, tiny_phi, wrap
+from peft import EvaConfig, LoftQConfig, PeftConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 
 from asymgqa_peft import AsymGQAConfig
 
@@ -35,6 +38,11 @@ BAD_FIELDS = [
     ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=.*is not supported.*leave it unset"),
     ({"target_parameters": ["q_proj.weight"]}, "target_parameters=.*is not supported.*leave it unset"),
     ({"megatron_config": {"a": 1}}, "megatron_config=.*is not supported.*leave it unset"),
+    ({"lora_alpha": 0}, "lora_alpha=0 must be a number > 0"),
+    ({"lora_alpha": math.nan}, "lora_alpha=nan must be a number > 0"),
+    ({"lora_alpha": True}, "lora_alpha=True must be a number > 0"),
+    ({"lora_alpha": "8"}, "lora_alpha='8' must be a number > 0"),
+    ({"alpha_pattern": {"q_proj": 0}}, "lora_alpha=0 must be a number > 0"),
 ]
 
 
@@ -44,13 +52,48 @@ def test_bad_field_is_refused_with_its_value_and_the_remedy(fields, message):
         AsymGQAConfig(**{"num_key_value_heads": 2} | fields)
 
 
+# Every value that PEFT's LoraConfig documents, with what it needs beside it.
+STARTS = {
+    True: {},
+    False: {},
+    "gaussian": {},
+    "orthogonal": {},
+    "eva": {"eva_config": EvaConfig()},
+    "mica": {},
+    "olora": {},
+    "OLoRA": {},
+    "pissa": {},
+    "pissa_niter_4": {},
+    "corda": {"corda_config": CordaConfig()},
+    "loftq": {"loftq_config": LoftQConfig()},
+    "lora_ga": {"lora_ga_config": LoraGAConfig()},
+    "unheard of": {},
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_no_start_of_lora_changes_the_base(start):
+    """Or it is refused: the teacher and the calibration are what the base computes."""
+    if start == "mica" and not hasattr(LoraLayer, "mica_init"):
+        pytest.skip("this PEFT does not know it")
+    base = tiny_llama()
+    before, refused = tensors(base), start not in (True, False, "gaussian", "orthogonal", "eva", "mica")
+    if refused:
+        with pytest.raises(ValueError, match=f"init_lora_weights={start!r} is not supported.*use one of True, False"):
+            adapter_config(init_lora_weights=start, **STARTS[start])
+        return
+    model = get_peft_model(base, adapter_config(init_lora_weights=start, **STARTS[start]))
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in tensors(model.base_model.model).items()}
+    assert_equal({name: after[name] for name in before}, before)
+
+
 def test_num_key_value_heads_is_required():
     with pytest.raises(ValueError, match="num_key_value_heads=None"):
         AsymGQAConfig()
 
 
 @pytest.mark.parametrize("name", ["k_proj", "v_proj", "qkv_proj", "query_key_value", "layers.0.self_attn.k_proj"])
-@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])
 def test_naming_a_shared_projection_is_refused(field, name):
     with pytest.raises(ValueError, match=f"{field} names {name!r}, but K and V are shared and trained whole"):
         AsymGQAConfig(num_key_value_heads=2, **{field: ["q_proj", name]})
@@ -142,6 +185,15 @@ MODEL_REFUSALS = [
     ({"num_key_value_heads": 7}, "num_key_value_heads=7 exceeds the base's 6 KV heads"),
     ({"max_group_size": 2}, "max_group_size=2 is too small: 2 groups cannot hold 6 KV heads, use at least 3"),
     ({"target_modules": r".*\.(q_proj|v_proj)"}, "matches 'model.layers.0.self_attn.v_proj'"),
+    ({"exclude_modules": r".*self_attn\..*"}, "exclude_modules=.* matches 'model.layers.0.self_attn.k_proj'"),
+    ({"target_modules": ["q_prj"]}, "Target modules {'q_prj'} not found in the base model. Please check"),
+    ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"not found.*exclude_modules={'q_proj'}"),
+    ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, r"not found.*layers_to_transform=\[7\]"),
+    ({"max_group_size": 7}, "max_group_size=7 exceeds the base's 6 KV heads"),
+    (
+        {"num_key_value_heads": 4, "grouping": "symmetric"},
+        "num_key_value_heads=4 does not divide the base's 6 KV heads.*grouping='asymmetric'",
+    ),
     ({"modules_to_save": ["self_attn"]}, "modules_to_save names 'self_attn', which is or holds"),
     ({"modules_to_save": ["layers.0"]}, "modules_to_save names 'layers.0', which is or holds"),
     ({"modules_to_save": ["lm_head", "_proj"]}, "modules_to_save names '_proj', which is or holds"),

@@ -44,6 +44,21 @@ def test_padding_is_not_counted(side):
     assert perplexity(model, [padded]) != pytest.approx(expected, rel=1e-2)
 
 
+def test_packed_documents_do_not_see_each_other():
+    model, ids = tiny_llama(), prompt(4, 12)
+    labels = ids.clone()
+    labels[:, 0] = -100
+    packed = {
+        "input_ids": ids.view(1, 48),
+        "position_ids": torch.arange(12).repeat(1, 4),
+        "labels": labels.view(1, 48),
+    }
+    expected = perplexity(model, [ids])
+    assert perplexity(model, [packed]) == pytest.approx(expected, rel=1e-4)
+    del packed["position_ids"]
+    assert perplexity(model, [packed]) != pytest.approx(expected, rel=1e-2)
+
+
 def test_kl_is_zero_to_itself_and_the_formula_to_another():
     model, other = tiny_llama(), tiny_llama()
     with torch.no_grad():

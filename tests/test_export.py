@@ -21,6 +21,7 @@ from models import (
     CACHE,
     CASES,
     EQUAL_GROUPS,
+    GROUPS,
     HEADS,
     MHA_GROUPS,
     adapted,
@@ -29,6 +30,7 @@ from models import (
     prompt,
     random_model,
     stock,
+    tiny_llama,
     wrap,
 )
 from peft import LoraConfig, get_peft_model
@@ -37,7 +39,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from asymgqa_peft import AsymGQAConfig, export_report
 from asymgqa_peft.adapter import export
@@ -126,6 +134,7 @@ def exported(tmp_path_factory) -> dict[str, Exported]:
 
 
 ALL_CASES = CASES | MORE_CASES
+EQUAL_OF_6 = [[[0, 3], [1, 5], [2, 4]]] * 2
 
 
 @pytest.mark.parametrize("name", ALL_CASES)
@@ -165,7 +174,8 @@ def test_equal_groups_are_ordinary_gqa_of_the_same_class(exported, name: str):
     assert it.plain.config.num_attention_heads == HEADS
     base, plain = it.base.config.to_dict(), it.plain.config.to_dict()
     changed = {key for key in plain if base.get(key) != plain[key]} - {"architectures", "dtype"}
-    assert changed <= {"num_key_value_heads", "rope_theta", "rope_scaling", "partial_rotary_factor"}
+    old_names = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+    assert changed <= {"num_key_value_heads", "query_heads_permuted"} | old_names
     assert it.facts["parameters"] < sum(parameter.numel() for parameter in it.base.parameters())
 
 
@@ -190,6 +200,99 @@ def test_tied_embeddings_stay_tied_and_others_untied(exported):
     assert tied == {"llama-equal", "opt-bare", "gpt_neox-equal"}
     plain = exported["llama-equal"].plain
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
+
+
+def test_the_plain_configuration_says_whether_heads_were_permuted(exported):
+    """Adapters of the base would load onto equal groups without a word."""
+    for name, it in exported.items():
+        if it.plain is None:
+            continue
+        says = json.loads((it.folder / "config.json").read_text()).get("query_heads_permuted", False)
+        slots = [layout.slot_of_head for layout in it.plain.export_plan.layouts]
+        assert says == (set(slots) != {tuple(range(HEADS))}), name
+    in_order = wrap(tiny_llama(), [[[0, 1], [2, 3], [4, 5]]] * 2).merge_and_unload()
+    assert not hasattr(in_order.config, "query_heads_permuted")
+
+
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC_ROPE, LONG_ROPE | {"original_max_position_embeddings": 16}])
+@torch.no_grad()
+def test_the_plain_model_starts_without_the_state_of_a_long_input(rope, tmp_path):
+    """Frequencies that follow the length of the input are those of its own inputs."""
+    base = tiny_llama(rope_parameters=rope, max_position_embeddings=16)
+    model = wrap(base, EQUAL_OF_6)
+    short, long = prompt(), prompt(2, 48)
+    expected = [model(ids).logits for ids in (short, long)]
+    model(long)
+    plain = model.merge_and_unload()
+    plain.save_pretrained(tmp_path)
+    for each in (plain, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        for ids, logits in zip((short, long, short), (*expected, expected[0]), strict=True):
+            torch.testing.assert_close(each(ids).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_training_left_in_the_configuration_is_not_saved(tmp_path):
+    model = wrap(tiny_llama(), EQUAL_OF_6)
+    model.config.use_cache = model.generation_config.use_cache = False  # as the Trainer does
+    model.merge_and_unload().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is True
+    assert json.loads((tmp_path / "generation_config.json").read_text()).get("use_cache", True) is True
+
+
+INVALID = {  # generation flags that cannot be saved -> what is left of them and the others
+    "ignored by greedy decoding": (
+        {"do_sample": False, "temperature": 0.6, "top_p": 0.9},
+        {"repetition_penalty": 1.5},
+    ),
+    "of beams": ({"num_return_sequences": 3, "early_stopping": True, "length_penalty": 2.0}, {"max_length": 30}),
+    "no padding": ({"pad_token_id": -1}, {"do_sample": True, "temperature": 0.6}),
+    "outright wrong": ({"max_new_tokens": -1}, {"repetition_penalty": 1.5}),
+    "an argument of generate": ({"streamer": 1}, {}),
+}
+
+
+@pytest.mark.parametrize("why", INVALID)
+def test_an_invalid_generation_configuration_does_not_stop_saving(why, tmp_path):
+    wrong, right = INVALID[why]
+    model = wrap(tiny_llama(), EQUAL_OF_6)
+    for name, value in (wrong | right).items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match="Fix these issues"):
+        model.generation_config.save_pretrained(tmp_path / "as it is")
+    with pytest.warns(UserWarning, match="generation configuration cannot be saved as it is.*were dropped") as caught:
+        plain = model.merge_and_unload()
+    assert [warning.filename for warning in caught if "were dropped" in str(warning.message)] == [__file__]
+    plain.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert {name: saved.get(name) for name in right} == right
+    assert all(getattr(model.generation_config, name) == value for name, value in wrong.items())  # the base's own
+
+
+def test_code_of_the_base_is_not_named_in_a_stock_checkpoint(tmp_path):
+    base = tiny_llama()
+    base.config.auto_map = {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    base.config.custom_pipelines = {"x": {"impl": "x.X"}}
+    for groups in (EQUAL_OF_6, GROUPS["llama"]):
+        model = wrap(copy.deepcopy(base), groups)
+        expected = model(prompt()).logits
+        model.merge_and_unload().save_pretrained(tmp_path)
+        assert {"auto_map", "custom_pipelines"}.isdisjoint(json.loads((tmp_path / "config.json").read_text()))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+        torch.testing.assert_close(again(prompt()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_that_stay_behind_are_told():
+    base = tiny_llama()
+    for layer, name in ((0, "k_proj"), (1, "o_proj")):
+        getattr(base.model.layers[layer].self_attn, name).register_forward_hook(lambda *_: None)
+    base.enable_input_require_grads()  # a hook of transformers' own
+    model = wrap(base, GROUPS["llama"])
+    hooked = "model.layers.0.self_attn.k_proj, model.layers.1.self_attn.o_proj"
+    with pytest.warns(UserWarning, match=f"Forward hooks on {hooked} do not come along") as caught:
+        model.merge_and_unload()
+    assert [warning.filename for warning in caught if "Forward hooks" in str(warning.message)] == [__file__]
 
 
 def test_generation_config_is_kept(exported):

@@ -22,7 +22,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from asymgqa_peft import hub, initialize_asymgqa_weights
-from asymgqa_peft.card import Conversion, base_licence, model_card
+from asymgqa_peft.card import Conversion, base_licence, check_repo_id, model_card
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token
 from asymgqa_peft.hub import push_folder, save_adapter, save_merged
 from recipes import merge_and_push
@@ -341,6 +341,26 @@ def test_the_card_of_wide_heads_warns_of_other_converters():
     assert warning in text[text.index("## Use") : text.index("## Groups")]
     narrow = wrap(tiny_llama(), GROUPS["llama"]).merge_and_unload()
     assert warning not in model_card(Conversion.of(narrow), name="folder")
+
+
+def test_the_card_of_a_merged_model_says_that_adapters_of_the_base_do_not_fit():
+    says, permuted = (
+        "Adapters that were trained on the base do not fit",
+        "query heads stand in the order of the groups",
+    )
+    model = wrap(tiny_llama(), GROUPS["llama"])
+    assert says not in model_card(Conversion.of(model), name="folder")
+    text = model_card(Conversion.of(model.merge_and_unload()), name="folder")
+    assert says in text and permuted in text
+    in_order = wrap(tiny_llama(), [[[0, 1], [2, 3], [4, 5]]] * 2).merge_and_unload()
+    text = model_card(Conversion.of(in_order), name="folder")
+    assert says in text and permuted not in text
+
+
+@pytest.mark.parametrize("name", [None, 3, "name", "a/b/c", ""])
+def test_what_is_no_repository_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"repo_id={name!r} must be 'owner/name' of a repository"):
+        check_repo_id(name)
 
 
 def test_card_tells_what_the_report_says_and_refuses_another_adapters():

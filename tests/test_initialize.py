@@ -139,6 +139,19 @@ def test_padding_and_batching_do_not_matter():
     assert (a - b).norm() < 1e-3 * b.norm()
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_neox"])
+def test_packed_rows_are_the_documents_they_hold(name):
+    """Positions that begin anew: no document sees another, as in their own rows."""
+    packed = {"input_ids": IDS.view(4, 96), "position_ids": torch.arange(24).repeat(4, 4)}
+    one, report = initialised(name, batches=[packed])
+    other, same = initialised(name, batches=[IDS])
+    run_on, _ = initialised(name, batches=[IDS.view(4, 96)])
+    assert report.head_groups == same.head_groups
+    with torch.no_grad():
+        a, b, c = (model(input_ids=HELD_OUT).logits for model in (one, other, run_on))
+    assert (a - b).norm() < 1e-3 * b.norm() < (c - b).norm()
+
+
 @pytest.mark.parametrize("grouping", ["neighbour", "random", "symmetric", "asymmetric"])
 @pytest.mark.parametrize("criterion", ["cosine", "residual"])
 def test_every_arm_of_the_baselines(grouping, criterion):

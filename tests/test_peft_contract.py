@@ -15,20 +15,24 @@ import torch
 import transformers
 from models import (
     BASES,
+    CASES,
     GROUPS,
     LAYERS,
     OTHER_GROUPS,
+    adapted,
     adapter_config,
     assert_equal,
     logits,
     perturb,
     prompt,
+    stock,
     tensors,
     tiny_llama,
     wrap,
 )
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import config as lora_config
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -42,6 +46,7 @@ from transformers import (
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from asymgqa_peft.adapter import layer as layers
+from asymgqa_peft.adapter import model as tuner
 from asymgqa_peft.families import head_shape
 
 MERGE_TOLERANCE = 1.5e-6  # of the largest logit, in fp32
@@ -247,6 +252,112 @@ def test_missing_misshaped_and_unknown_tensors_are_reported_at_once(wrapped, fam
     assert torch.equal(logits(PeftModel.from_pretrained(BASES[family](), tmp_path)), logits(wrapped))
 
 
+def of_base(family, module: str = "model.layers.1.self_attn.q_proj") -> torch.Tensor:
+    """A base weight of that name, other than it is."""
+    return torch.full_like(BASES[family]().get_submodule(module).weight, 0.5)
+
+
+SMUGGLED = "base_model.model.model.layers.1.self_attn.q_proj.base_layer.weight"
+DAMAGES = {  # what is put under which name; ".lora_x" is the first tensor of that name
+    "one of the base's": (lambda family, tensor: of_base(family), SMUGGLED, "a tensor of the base, which no adapter"),
+    "a norm of the base's": (
+        lambda family, tensor: of_base(family, "model.layers.1.input_layernorm"),
+        "base_model.model.model.layers.1.input_layernorm.weight",
+        "a tensor of the base",
+    ),
+    "unknown base_layer": (lambda family, tensor: torch.zeros(1), "base_model.model.x.base_layer.y", "unknown: "),
+    "unknown at the top": (lambda family, tensor: torch.zeros(1), "junk", "unknown: junk"),
+    "NaN": (lambda family, tensor: tensor.index_fill(0, torch.tensor(0), math.nan), ".lora_kv", "NaN or inf: "),
+    "inf": (lambda family, tensor: tensor.index_fill(0, torch.tensor(0), math.inf), ".lora_A", "NaN or inf: "),
+    "too large": (lambda family, tensor: tensor.double() * 1e300, ".lora_B", "NaN or inf: "),
+    "int8": (lambda family, tensor: tensor.to(torch.int8), ".lora_kv", "dtype torch.int8 instead of torch.float32"),
+    "complex": (lambda family, tensor: tensor.cfloat(), ".lora_B", "dtype torch.complex64 instead of torch.float32"),
+    "bool": (lambda family, tensor: tensor > 0, ".lora_value_mix", "dtype torch.bool instead of torch.float32"),
+    "cut": (lambda family, tensor: tensor[:-1].clone(), ".lora_query_gain", "shape "),
+    "groups": (lambda family, tensor: torch.zeros_like(tensor), ".lora_groups", "leave a group empty"),
+    "complex groups": (lambda family, tensor: tensor.cfloat(), ".lora_groups", "must be . integers"),
+    "bool groups": (lambda family, tensor: tensor > 0, ".lora_groups", "must be . integers"),
+}
+
+
+def write(path, contents) -> None:
+    """A safetensors file of views and copies."""
+    save_file({name: tensor.contiguous() for name, tensor in contents.items()}, path)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_every_tensor_of_a_file_is_known_well_shaped_floating_and_finite(wrapped, family, tmp_path, name):
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    contents = load_file(file)
+    damage, at, message = DAMAGES[name]
+    at = next((each for each in contents if at in each), at)
+    write(file, contents | {at: damage(family, contents.get(at))})
+    model = get_peft_model(BASES[family](), adapter_config(num_key_value_heads=2))
+    before = tensors(model)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(BASES[family](), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path, "default")
+    assert_equal(tensors(model), before)
+
+
+def test_all_that_is_wrong_with_a_file_stands_in_one_message(wrapped, family, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    contents = load_file(file)
+    del contents[next(each for each in contents if "layers.1" in each and "lora_kv" in each)]
+    expected = ["missing: "]
+    for name in ("one of the base's", "unknown base_layer", "NaN", "bool", "cut", "groups"):
+        damage, at, message = DAMAGES[name]
+        at = next((each for each in contents if at in each and "layers.0" in each), at)
+        contents[at] = damage(family, contents.get(at))
+        expected.append(message)
+    write(file, contents)
+    with pytest.raises(ValueError, match="does not fit") as refusal:
+        PeftModel.from_pretrained(BASES[family](), tmp_path)
+    for message in expected:
+        assert message in str(refusal.value)
+
+
+def test_floats_of_any_width_load(wrapped, family, tmp_path):
+    wrapped.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    contents = load_file(file)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn):
+        write(file, {n: t.to(dtype) if t.is_floating_point() else t for n, t in contents.items()})
+        loaded = tensors(PeftModel.from_pretrained(BASES[family](), tmp_path))
+        at = next(name for name in loaded if "lora_kv" in name)
+        assert torch.equal(loaded[at], contents[at.replace(".default", "")].to(dtype).float())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_resized_embeddings_are_saved_and_loaded(wrapped, family, tmp_path):
+    """As LoRA's: PEFT saves them with the adapter where the vocabulary was resized."""
+    wrapped.base_model.model.resize_token_embeddings(110)
+    wrapped.save_pretrained(tmp_path, save_embedding_layers=True)
+    base = BASES[family]()
+    base.resize_token_embeddings(110)
+    with pytest.warns(UserWarning, match="The adapter file replaces the base's .*embed_tokens.weight"):
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(loaded), logits(wrapped))
+
+
+VARIANTS = {"velora_config": ("VeloraConfig", {"num_groups": 4}), "monteclora_config": ("MontecloraConfig", {})}
+
+
+@pytest.mark.parametrize("field", VARIANTS)
+def test_variants_with_state_of_their_own_reload(family, tmp_path, field):
+    name, fields = VARIANTS[field]
+    if not hasattr(lora_config, name):
+        pytest.skip("this PEFT does not know it")
+    variant = {field: getattr(lora_config, name)(**fields)}
+    model = wrap(BASES[family](), GROUPS[family], target_modules=["q_proj"], **variant)
+    train_step(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(BASES[family](), tmp_path)), logits(model))
+
+
 def test_an_empty_or_foreign_file_is_refused(wrapped, family, tmp_path):
     wrapped.save_pretrained(tmp_path)
     foreign = {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.zeros(4, 4)}
@@ -399,15 +510,25 @@ def test_merge_and_unmerge_in_place(base, family):
     model.merge_adapter()
     assert {layer.merged for layer in shared_layers(model)} == {True}
     assert close(logits(model), adapted)
+    served = BASES[family]()
+    served.load_state_dict(served_weights(model))
+    assert close(logits(served), adapted)
     assert not torch.equal(model.state_dict()[q_weight(model)], before[q_weight(model)])  # LoRA is folded
     model.unmerge_adapter()
     assert {layer.merged for layer in shared_layers(model)} == {False}
     assert close(logits(model), adapted)
-    with model.disable_adapter():  # LoRA adds and subtracts its product, which rounds: as for LoRA
-        assert close(logits(model), reference)
-    for name, tensor in model.state_dict().items():
-        if ".lora_" in name or "k_proj" in name or "v_proj" in name:
-            assert torch.equal(tensor, before[name]), name
+    assert_equal(tensors(model), before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), reference)
+
+
+def served_weights(model) -> dict[str, torch.Tensor]:
+    """The base's weights as TRL sends them to vLLM: merged, without what belongs to adapters."""
+    weights = {}
+    for name, tensor in model.base_model.model.state_dict().items():
+        if "lora_" not in name and "original_module" not in name:
+            weights[name.replace(".base_layer", "").replace("modules_to_save.default.", "")] = tensor
+    return weights
 
 
 def q_weight(model) -> str:
@@ -420,7 +541,7 @@ def test_without_lora_unmerging_restores_the_base_bit_for_bit(base, family):
     model = wrap(base, GROUPS[family], target_modules=[])
     adapted = logits(model)
     model.merge_adapter()
-    assert torch.equal(logits(model), adapted) and not torch.equal(adapted, reference)
+    assert close(logits(model), adapted) and not close(adapted, reference)
     model.unmerge_adapter()
     with model.disable_adapter():
         assert torch.equal(logits(model), reference)
@@ -431,8 +552,83 @@ def test_disabling_a_merged_adapter_unmerges_all_of_it(pair, base):
     model.merge_adapter(["other"])
     assert close(logits(model), alone["other"])  # as for LoRA: what is merged is in effect, not what is active
     with model.disable_adapter():
-        assert close(logits(model), logits(base))
-    assert close(logits(model), alone["default"])  # and not the one's heads with the other's LoRA
+        assert torch.equal(logits(model), logits(base))
+    assert torch.equal(logits(model), alone["default"])  # and not the one's heads with the other's LoRA
+
+
+def test_what_comes_while_an_adapter_is_merged(pair, family, tmp_path):
+    """It is unmerged first, or refused: nothing reads merged weights as the base's."""
+    model, alone = pair
+    before = tensors(model)
+    model.merge_adapter(["other"])
+    with pytest.raises(ValueError, match=r"An adapter is merged: call unmerge_adapter\(\) first"):
+        model.add_adapter("third", adapter_config(GROUPS[family]))
+    with pytest.warns(UserWarning, match="'other' is merged already, nothing to do"):
+        model.merge_adapter(["other"])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(BASES[family](), tmp_path / "other")), alone["other"])
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.set_adapter("other")
+    assert torch.equal(logits(model), alone["other"])
+    model.merge_adapter()
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert torch.equal(logits(twin), alone["other"]) and close(logits(model), alone["other"])
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), alone["default"])
+    for name, tensor in tensors(model).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_merge_in_place_that_is_stopped_leaves_the_model_as_it_was(wrapped, monkeypatch):
+    before, adapted = tensors(wrapped), logits(wrapped)
+    fold, folded = tuner.fold_into_base, []
+
+    def stopped(site, heads):
+        if folded:
+            raise KeyboardInterrupt
+        folded.append(site)
+        fold(site, heads)
+
+    monkeypatch.setattr(tuner, "fold_into_base", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        wrapped.merge_adapter()
+    assert folded and not any(layer.merged for layer in shared_layers(wrapped))
+    assert_equal(tensors(wrapped), before)
+    assert torch.equal(logits(wrapped), adapted)
+
+
+FOLDED = [name for name, case in CASES.items() if case.head_dim is None and not name.startswith("olmo2")]
+
+
+@pytest.mark.parametrize("name", [*FOLDED, "olmo2-equal", "olmo2-single"])
+def test_merged_base_weights_hold_the_adapter_in_every_family(name):
+    model = adapted(name)
+    expected = logits(model)
+    before = tensors(model)
+    model.merge_adapter()
+    served = copy.deepcopy(stock(name))
+    served.load_state_dict(served_weights(model))
+    torch.testing.assert_close(logits(served), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(stock(name)), expected, rtol=1e-2)
+    tokens = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(prompt(), **tokens), served.generate(prompt(), **tokens))
+    model.unmerge_adapter()
+    assert_equal(tensors(model), before)
+
+
+UNFOLDABLE = {"llama-wide": "its heads have 16 dimensions, the base's 8", "olmo2": "a norm spans all keys"}
+
+
+@pytest.mark.parametrize("name", UNFOLDABLE)
+def test_what_the_base_weights_cannot_hold_is_refused(name):
+    model = adapted(name)
+    before, expected = tensors(model), logits(model)
+    with pytest.raises(ValueError, match=f"merge_adapter cannot write.*{UNFOLDABLE[name]}.*Use merge_and_unload"):
+        model.merge_adapter()
+    assert_equal(tensors(model), before)
+    assert torch.equal(logits(model), expected)
 
 
 def test_merging_two_adapters_is_refused(pair):
@@ -654,7 +850,11 @@ def test_loras_options_save_reload_and_merge(option, family, tmp_path):
         same_size = model.get_nb_trainable_parameters() == plain_lora.get_nb_trainable_parameters()
         assert not same_size or not torch.equal(logits(model), logits(plain_lora))
     train_step(model, lr=0.05)
-    adapted = logits(model)
+    adapted, before = logits(model), tensors(model)
+    model.merge_adapter()
+    assert close(logits(model), adapted)
+    model.unmerge_adapter()
+    assert_equal(tensors(model), before)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(BASES[family](), tmp_path)), adapted)
     assert close(logits(model.merge_and_unload()), adapted)

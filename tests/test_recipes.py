@@ -195,6 +195,13 @@ def test_a_wrong_configuration_file_is_told_in_one_line(tmp_path):
         recover.main(["--config", str(wrong), "--output_dir", str(tmp_path / "out")])
 
 
+def test_several_gpus_without_a_launcher_are_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(recover.SFTConfig, "n_gpu", 2)
+    monkeypatch.setattr(recover, "load_base", None)
+    with pytest.raises(SystemExit, match="2 GPUs are visible to one process: start with `accelerate launch`"):
+        recover.main(small(RECIPES / "tiny_model", save_text(tmp_path / "text.txt"), tmp_path / "out"))
+
+
 def test_a_missing_folder_is_told_in_one_line(tmp_path):
     message = "none is no folder here, and as a repository: "
     with pytest.raises(SystemExit, match=message):

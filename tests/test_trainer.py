@@ -22,7 +22,7 @@ from models import (
     tiny_phi,
     wrap,
 )
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch.nn import functional as F
@@ -40,6 +40,7 @@ from asymgqa_peft.trainer import base_model_mode
 # TRL 1.16 and PEFT 0.21 still use the names that transformers 5.23 renames to activation_checkpointing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
+SINGLES = [[[head] for head in range(6)]] * LAYERS  # each KV head its own group: the base as it is
 SHARED = re.compile(r"lora_(kv|query_gain|query_mix|value_mix|norm)\.")
 
 
@@ -324,7 +325,7 @@ def test_output_layer_that_does_not_explain_the_logits_is_refused(tokenizer, tmp
 
 
 def test_identity_adapter_has_zero_loss_and_gradient(tokenizer, tmp_path):
-    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny_llama(), adapter_config(SINGLES))
     trainer = build(model, token_dataset(documents(4)), tokenizer, tmp_path)
     loss = first_loss(trainer)
     assert loss.item() == 0.0
@@ -537,8 +538,7 @@ def test_a_fresh_wrap_resumes_with_the_groups_of_its_checkpoint(tokenizer, tmp_p
 
 
 def test_teacher_has_no_dropout_and_student_keeps_it(tokenizer, tmp_path):
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(tiny_llama(attention_dropout=0.5), config)
+    model = get_peft_model(tiny_llama(attention_dropout=0.5), adapter_config(SINGLES))
     trainer = build(model, token_dataset(documents(4)), tokenizer, tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
 
@@ -776,6 +776,21 @@ def test_bad_arguments_name_themselves(name, value):
 def test_model_without_adapter_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="PeftModel"):
         build(tiny_llama(), token_dataset(documents(4)), tokenizer, tmp_path)
+
+
+def test_an_adapter_without_shared_heads_is_refused(tokenizer, tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="needs an AsymGQA adapter.*of AsymGQAConfig, or distillation_weight=0"):
+        build(model, token_dataset(documents(4)), tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_model_with_nothing_to_train_is_refused(tokenizer, tmp_path, weight):
+    adapted().save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has no parameter to train: load the adapter with is_trainable=True"):
+        options = {"distillation_weight": weight}
+        build(model, token_dataset(documents(4)), tokenizer, tmp_path, trainer_options=options)
 
 
 @pytest.mark.parametrize("option", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])

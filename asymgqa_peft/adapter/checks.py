@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
+import torch
+from accelerate import init_empty_weights
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..choices import check_width
 from ..config import AsymGQAConfig
 from ..families import Family
-from ..groups import HeadGroups, default_max_group_size
+from ..groups import HeadGroups, default_max_group_size, split_evenly
 from ..heads import HeadShape, SharedShape
+from .plan import is_quantised, plan_export
 from .rope import refusal_of_rope
+from .site import AttentionSite
+
+_SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim")
+"""What modules say of the shapes of their weights, packed ones included."""
 
 
 def initial_groups(config: AsymGQAConfig, shape: HeadShape, num_layers: int) -> HeadGroups:
@@ -26,7 +38,14 @@ def initial_groups(config: AsymGQAConfig, shape: HeadShape, num_layers: int) -> 
     num_groups, base_heads = config.num_key_value_heads, shape.base_kv_heads
     if num_groups > base_heads:
         raise ValueError(f"num_key_value_heads={num_groups} exceeds the base's {base_heads} KV heads: choose fewer.")
+    if config.grouping == "symmetric" and base_heads % num_groups:
+        raise ValueError(
+            f"num_key_value_heads={num_groups} does not divide the base's {base_heads} KV heads, and "
+            "grouping='symmetric' wants groups of one size: choose a divisor, or grouping='asymmetric'."
+        )
     cap = largest_group(config, shape)
+    if config.max_group_size is not None and cap > base_heads:
+        raise ValueError(f"max_group_size={cap} exceeds the base's {base_heads} KV heads: choose fewer, or None.")
     if cap * num_groups < base_heads:
         raise ValueError(
             f"max_group_size={cap} is too small: {num_groups} groups cannot hold {base_heads} KV heads, "
@@ -105,6 +124,47 @@ def _refusal_of_width(shape: HeadShape, family: Family, model: nn.Module, kv_hea
     return None
 
 
+def warn_if_not_exportable(
+    model: PreTrainedModel, config: AsymGQAConfig, groups: HeadGroups, heads: SharedShape
+) -> None:
+    """Warn if no stock class holds the groups to wrap with, or those of some sizes that a search may find."""
+    if is_quantised(model):
+        return  # a plain checkpoint is made on another base
+    base_heads, num_groups = groups.base_kv_heads, groups.num_key_value_heads
+    candidates = [groups]
+    if config.head_groups is None and config.grouping == "asymmetric":
+        least, most = -(-base_heads // num_groups), min(largest_group(config, heads.base), base_heads - num_groups + 1)
+        for size in range(least, most + 1):
+            rest = split_evenly(range(size, base_heads), num_groups - 1)
+            candidates.append(HeadGroups(((tuple(range(size)), *rest),) * len(groups.layers), base_heads))
+    for candidate in candidates:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what a plain checkpoint will be like is told where one is made
+                plan_export(model, config, candidate, heads)
+        except ValueError as error:
+            warnings.warn(f"merge_and_unload will refuse this adapter, or may after a search: {error}", stacklevel=2)
+            return
+
+
+def check_foldable(model: PreTrainedModel, sites: Sequence[AttentionSite], adapter_name: str) -> None:
+    """Raise ValueError for an adapter that the base's weights cannot hold in their own shape."""
+    reason = None
+    for site in sites:
+        layout = site.layout(adapter_name)
+        if layout.shape.head_dim != site.shape.head_dim:
+            reason = f"its heads have {layout.shape.head_dim} dimensions, the base's {site.shape.head_dim}"
+        elif site.family.norm_span == "layer" and len(set(map(len, layout.partition))) > 1:
+            reason = "a norm spans all keys, in which a head that is stored more often than others would count more"
+    if is_quantised(model):
+        reason = f"they are quantised ({type(model.hf_quantizer).__name__})"
+    if reason:
+        raise ValueError(
+            f"merge_adapter cannot write the adapter {adapter_name!r} into the base's weights: {reason}. Use "
+            "merge_and_unload on an unquantised base, which makes a plain model of another shape."
+        )
+
+
 def check_modules_to_save(config: AsymGQAConfig, shared_names: Collection[str]) -> None:
     """Raise ValueError if modules_to_save names a shared projection or something that holds one."""
     for name in shared_names:
@@ -118,6 +178,89 @@ def check_modules_to_save(config: AsymGQAConfig, shared_names: Collection[str]) 
                 )
 
 
+def check_unadapted(model: nn.Module) -> None:
+    """Raise ValueError for a model that carries adapters, of whatever kind."""
+    for module in model.modules():
+        if isinstance(module, PeftModel | BaseTuner | BaseTunerLayer | AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"The model carries an adapter already ({type(module).__name__}), which would be lost: merge first, "
+                "model = model.merge_and_unload(), or drop it with unload(). A second AsymGQA adapter goes beside the "
+                "first with add_adapter or load_adapter of its PeftModel."
+            )
+
+
+def check_modules(model: PreTrainedModel, sites: Sequence[AttentionSite]) -> None:
+    """Raise one ValueError for all modules that are not what the model's configuration makes them.
+
+    The plain model is made of the configuration, and a fresh instance of the base's class, without weights, says what
+    that gives.
+    """
+    config, shape = copy.deepcopy(model.config), sites[0].shape
+    config._attn_implementation = "eager"
+    try:
+        with init_empty_weights(include_buffers=False):
+            fresh = type(model)(config)
+    except Exception as error:  # each version of transformers wraps a refusal in another class
+        raise _contradiction([f"{type(model).__name__} refuses it: {error}"]) from error
+    problems = []
+    if len(sites) != config.num_hidden_layers:
+        problems.append(f"{len(sites)} different layers with attention, num_hidden_layers={config.num_hidden_layers}")
+    if sites[0].family.rotary and (shape.rotary_dim % 2 or not 0 < shape.rotary_dim <= shape.head_dim):
+        problems.append(f"{shape.rotary_dim} of {shape.head_dim} dimensions of a head are rotary, which come in pairs")
+    attention = {site.name for site in sites}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, wanted in fresh.named_modules():
+        found = modules.get(name)
+        if found is None:
+            problems.append(f"{name} is missing")
+            continue
+        for attribute, value in vars(wanted).items():
+            # What an attention keeps beside weights stays behind when it is made anew, as its number of heads.
+            says = attribute in _SIZES or (name in attention and isinstance(value, int | float))
+            if says and attribute != "training" and getattr(found, attribute, value) != value:
+                problems.append(f"{name}.{attribute} is {getattr(found, attribute)}, not {value}")
+    if getattr(model, "hf_quantizer", None) is None and not is_sharded(model):
+        problems += _differences(dict(model.named_parameters()), dict(fresh.named_parameters()))
+    problems += _differences(dict(model.named_buffers()), dict(fresh.named_buffers()))
+    if problems:
+        raise _contradiction(problems)
+
+
+def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Tensors of another shape; and of other values, where those follow from the configuration."""
+    problems = []
+    for name, tensor in wanted.items():
+        parent, _, attribute = name.rpartition(".")
+        # Dynamic RoPE changes its frequencies with the length of the input, and keeps those it began with beside them.
+        if name not in found or f"{parent}.original_{attribute}" in wanted:
+            continue
+        own = found[name]
+        if own.shape != tensor.shape:
+            problems.append(f"{name} has the shape {tuple(own.shape)}, not {tuple(tensor.shape)}")
+        elif not own.is_meta and not tensor.is_meta and not own.cpu().double().allclose(tensor.double(), rtol=1e-2):
+            problems.append(f"{name} has other values")
+    return problems
+
+
+def _contradiction(problems: list[str]) -> ValueError:
+    listed = "\n  ".join(problems[:10])
+    more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+    return ValueError(
+        f"The model's modules contradict its configuration:\n  {listed}{more}\nMake the configuration say what the "
+        "modules are, all layers alike, save that model and load it again."
+    )
+
+
+def check_on_devices(model: nn.Module) -> None:
+    """Raise ValueError for a model some of whose weights are offloaded."""
+    if getattr(model, "hf_device_map", None) and any(parameter.is_meta for parameter in model.parameters()):
+        places = sorted({str(place) for place in model.hf_device_map.values()})
+        raise ValueError(
+            f"device_map places weights on {', '.join(places)}, and some are offloaded until they are used: groups "
+            "are made of the weights. Load the model where all of it fits, e.g. device_map='auto' over more GPUs."
+        )
+
+
 def check_not_sharded(model: nn.Module) -> None:
     """Raise ValueError for a model whose heads are split over ranks."""
     if (getattr(model, "_tp_size", None) or 1) > 1:
@@ -127,20 +270,27 @@ def check_not_sharded(model: nn.Module) -> None:
         )
 
 
-def check_adapter_tensors(
-    given: Mapping[str, Tensor], own: Mapping[str, Tensor], may_lack_groups: Collection[str]
-) -> None:
-    """Raise one ValueError for all tensors that are missing, unknown or mis-shaped in an adapter's state dict.
+def tensor_problems(
+    given: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    may_lack_groups: Collection[str],
+    embeddings: Collection[str],
+) -> list[str]:
+    """What is wrong with an adapter's state dict: tensors missing, unknown, mis-shaped, of other dtypes, not finite.
+
+    A whole model's state dict, as accelerate saves it, has all of the base's tensors too; an adapter's none but what
+    PEFT saves with it where the vocabulary was resized.
 
     Args:
         given: what is to be loaded, by name.
         own: what the model holds, all of its adapters and the base.
         may_lack_groups: adapters whose configuration says the groups, as files of version 0.1 do alone.
+        embeddings: names of the base's tensors that an adapter's file may hold.
     """
-    if any(".base_layer." in key for key in given):
-        return  # a whole model's state dict, e.g. from accelerate
+    if not given:
+        return ["it holds no tensor of this model"]
     adapters = {_adapter_of(key) for key in given if key in own} - {None}
-    problems = []
+    problems, replaced = [], []
     for key in own:
         if _adapter_of(key) not in adapters or key in given:
             continue
@@ -151,21 +301,46 @@ def check_adapter_tensors(
                 f"missing: {key}, the groups of its heads (files of asymgqa_peft 0.1 hold them in adapter_config.json "
                 "alone: load it with PeftModel.from_pretrained, or under a new adapter name)"
             )
+    # Tied tensors are one and need to be given once.
+    held = {id(own[key]) for key in given if key in own}
+    is_whole = all(id(tensor) in held for key, tensor in own.items() if _is_of_base(key))
     for key, tensor in given.items():
         if key not in own:
             problems.append(f"unknown: {key}")
+        elif ".lora_groups." in key:
+            continue  # `HeadLayout.checked` knows more about them
         elif tensor.shape != own[key].shape:
             problems.append(f"shape {tuple(tensor.shape)} instead of {tuple(own[key].shape)}: {key}")
-    if not given:
-        problems = ["it holds no tensor of this model"]
-    if problems:
-        lines = "\n  ".join(sorted(problems))
-        raise ValueError(f"The adapter file does not fit this model and its adapter_config.json:\n  {lines}")
+        elif tensor.is_floating_point() != own[key].is_floating_point():
+            problems.append(f"dtype {tensor.dtype} instead of {own[key].dtype}: {key}")
+        elif _is_of_base(key):
+            if not is_whole and key not in embeddings:
+                problems.append(f"a tensor of the base, which no adapter may change: {key}")
+            elif not is_whole:
+                replaced.append(key)
+        elif tensor.is_floating_point() and not _is_finite(tensor, own[key].dtype):
+            problems.append(f"NaN or inf: {key}")
+    if replaced and not problems:
+        warnings.warn(
+            f"The adapter file replaces the base's {', '.join(replaced)}, also while it is off.", stacklevel=4
+        )
+    return problems
 
 
 def _adapter_of(key: str) -> str | None:
     match = re.search(r"\.lora_\w+\.([^.]+)", key)
     return match and match.group(1)
+
+
+def _is_of_base(key: str) -> bool:
+    return not re.search(r"\.(lora_|modules_to_save\.|trainable_tokens_)", key)
+
+
+def _is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all values are finite in the dtype that they are loaded into; of a DTensor, those of this rank."""
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    return tensor.is_meta or bool(tensor.to(dtype).isfinite().all())
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import dispatch_model, init_empty_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..families import StandIn
 from ..groups import SlotLayout
@@ -67,6 +69,28 @@ def _behind_norm(rows: Tensor, norm: nn.LayerNorm) -> Tensor:
     weight, bias = rows.split([norm.weight.numel(), rows.shape[-1] - norm.weight.numel()], dim=-1)
     scale, shift = norm.weight.detach().double(), norm.bias.detach().double()
     return join_bias(weight * scale, weight @ shift + bias.sum(-1))
+
+
+def fold_into_base(site: AttentionSite, shared: SharedHeads) -> None:
+    """Write the shared heads into the base's own weights, in their shape: every KV head is the one of its group.
+
+    The heads have the base's width, and no norm spans stored heads of unequal groups.
+    """
+    shape = site.shape
+    group_of_head = {head: index for index, group in enumerate(shared.partition) for head in group}
+    source = [group_of_head[head] for head in range(shape.base_kv_heads)]
+    heads = tuple(range(shape.num_attention_heads))
+    layout = SlotLayout(shape.queries_per_kv, tuple(source), head_of_slot=heads, slot_of_head=heads)
+    norms = {name: getattr(shared, name) for name in site.norms()}
+    if site.family.norm_span == "layer":
+        norms["key_norm"] = norms["key_norm"][source]
+    site.write_base(
+        _fitted_queries(site, layout, shared),
+        join_bias(shared.key, shared.key_bias)[source],
+        join_bias(shared.value, shared.value_bias)[source],
+        _mixed_outputs(site, layout, shared),
+        norms,
+    )
 
 
 def _scale_of_queries(shape: SharedShape, plan: ExportPlan) -> Tensor:
@@ -139,9 +163,9 @@ def _as_stock_model(model: PreTrainedModel, plan: ExportPlan) -> PreTrainedModel
     plain.load_state_dict(tensors, strict=True, assign=True)
     plain.tie_weights()
     plain.export_plan = plan  # for export_report; not part of the configuration
-    _take_over_buffers(model, plain, stand_in)
+    _place_buffers(model, plain, stand_in)
     if model.can_generate():
-        plain.generation_config = copy.deepcopy(model.generation_config)
+        plain.generation_config = _savable(model.generation_config)
     plain.train(model.training)
     device_map = getattr(model, "hf_device_map", None)
     if device_map and len(set(device_map.values())) > 1:
@@ -177,12 +201,46 @@ def _add_neutral(tensors: dict[str, Tensor], plain: nn.Module, model: nn.Module)
             tensors[name] = fill(len(empty), dtype=like.dtype, device=like.device)
 
 
-def _take_over_buffers(model: nn.Module, plain: nn.Module, stand_in: StandIn) -> None:
-    """Buffers that no state dict holds (rotary frequencies), with their device; a wide head has its own."""
-    buffers = {stand_in.rename(name): buffer for name, buffer in model.named_buffers()}
+def _place_buffers(model: nn.Module, plain: nn.Module, stand_in: StandIn) -> None:
+    """Put what no state dict holds (rotary frequencies) where the model has it.
+
+    It starts fresh: what a long input made of the model's, dynamic RoPE would not take back.
+    """
+    devices = {stand_in.rename(name): buffer.device for name, buffer in model.named_buffers()}
+    loaded = plain.state_dict()
     for name, buffer in list(plain.named_buffers()):
-        taken = buffers.get(name)
-        if taken is None or taken.shape != buffer.shape:
-            taken = buffer.to(model.device if taken is None else taken.device)
-        parent, _, attribute = name.rpartition(".")
-        setattr(plain.get_submodule(parent), attribute, taken)
+        if name not in loaded:
+            parent, _, attribute = name.rpartition(".")
+            setattr(plain.get_submodule(parent), attribute, buffer.to(devices.get(name, model.device)))
+
+
+def _savable(config: GenerationConfig) -> GenerationConfig:
+    """A copy that can be saved: flags that its own mode of generation ignores would stop saving the model."""
+    config, dropped = copy.deepcopy(config), {}
+    if config.use_cache is False:
+        config.use_cache = True  # as in `plan._stock`
+    while (refusal := _refusal_to_save(config)) is not None:
+        values, defaults = config.to_diff_dict(), vars(GenerationConfig())
+        named = [name for name in values if f"`{name}`" in refusal]
+        for name in named or values:
+            dropped[name] = values[name]
+            vars(config).pop(name, None)
+            if name in defaults:
+                setattr(config, name, defaults[name])
+        if not named:
+            break
+    if dropped:
+        warnings.warn(
+            f"The generation configuration cannot be saved as it is: {dropped} were dropped from the plain model's.",
+            stacklevel=7,  # who called merge_and_unload
+        )
+    return config
+
+
+def _refusal_to_save(config: GenerationConfig) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config.save_pretrained(folder)
+        except ValueError as error:
+            return str(error)
+    return None

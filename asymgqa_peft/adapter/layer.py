@@ -50,7 +50,7 @@ class SharedLinear(nn.Linear):
 
 
 class SharedLayer(nn.Module, BaseTunerLayer):
-    """What all layers that replace a module of the attention have in common: one active adapter, nothing to fold."""
+    """What all layers that replace a module of the attention have in common: one active adapter."""
 
     adapter_layer_names: tuple[str, ...] = ()
 
@@ -66,11 +66,10 @@ class SharedLayer(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ModuleDict())
 
     def active(self) -> str | None:
-        """Name of the adapter in effect, None while the base's own heads are."""
-        if self.disable_adapters:
-            self.unmerge()  # as LoRA layers do: both must come back with the same adapter
+        """Name of the adapter in effect, None while the base's own heads are: it is off, or merged into them."""
+        if self.disable_adapters or self.merged:
             return None
-        names = [name for name in self.merged_adapters or self.active_adapters if name in self.adapters()]
+        names = [name for name in self.active_adapters if name in self.adapters()]
         if len(names) > 1:
             raise ValueError(f"Adapters {names} are active together, but attention has one set of K/V heads: set one.")
         return names[0] if names else None
@@ -103,7 +102,7 @@ class SharedLayer(nn.Module, BaseTunerLayer):
         return self.shows_heads and self.shape.norm_span is None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Mark the adapter as merged: shared heads replace the base's, there is no sum to fold."""
+        """Mark the adapter as merged: its heads go into the base's weights by `AsymGQAModel.merge_adapter`."""
         names = check_adapters_to_merge(self, adapter_names)
         if len(names) + len(self.merged_adapters) > 1:
             raise ValueError(f"Adapters {self.merged_adapters + names} cannot be merged together: merge one.")
@@ -112,7 +111,7 @@ class SharedLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Take back `merge`."""
+        """Take back `merge`, for `AsymGQAModel.unmerge_adapter`, which restores the weights."""
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):

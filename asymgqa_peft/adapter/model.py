@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from peft import PeftType, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,17 +18,22 @@ from transformers import PreTrainedModel
 from ..config import AsymGQAConfig
 from ..groups import HeadGroups
 from .checks import (
-    check_adapter_tensors,
+    check_foldable,
+    check_modules,
     check_modules_to_save,
     check_not_sharded,
+    check_on_devices,
+    check_unadapted,
     initial_groups,
     is_sharded,
     shared_shape,
+    tensor_problems,
+    warn_if_not_exportable,
 )
-from .export import export_plain_model
+from .export import export_plain_model, fold_into_base
 from .layer import SharedLayer, SharedProjection
 from .plan import ExportPlan, plan_export
-from .site import attention_sites
+from .site import attention_sites, base_layer
 from .slots import HeadLayout
 
 
@@ -41,17 +48,24 @@ class AsymGQAModel(LoraModel):
     """
 
     tuner_layer_cls = (LoraLayer, SharedLayer)
+    # The base's parameters and copies of what was in them before merge_adapter.
+    _before_merge: Sequence[tuple[nn.Parameter, Tensor]] = ()
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: PreTrainedModel, *args, **kwargs) -> None:
+        check_unadapted(model)  # before PEFT enters the new adapter beside those that the model has
+        super().__init__(model, *args, **kwargs)
         self.register_load_state_dict_post_hook(AsymGQAModel._record_loaded)
 
     def _prepare_adapter_config(self, peft_config: AsymGQAConfig, model_config: dict) -> AsymGQAConfig:
         # PEFT calls this before it changes anything: every check of config against model belongs here.
+        if self._before_merge:
+            raise ValueError("An adapter is merged: call unmerge_adapter() first, a new one starts from the base.")
         if not hasattr(self, "sites"):
-            self.sites = attention_sites(self.model)
-            self._newly_wrapped: set[str] = set()
-        check_not_sharded(self.model)
+            sites = attention_sites(self.model)
+            check_not_sharded(self.model)
+            check_on_devices(self.model)
+            check_modules(self.model, sites)
+            self.sites, self._newly_wrapped = sites, set()
         self._site_of = {}
         for each in self.sites:
             self._site_of |= dict.fromkeys(each.shared_names, each)
@@ -60,6 +74,7 @@ class AsymGQAModel(LoraModel):
         self._shape = shared_shape(peft_config, self._groups, site.shape, site.family, self.model)
         check_modules_to_save(peft_config, self._site_of)
         self._resolve_targets(peft_config)
+        warn_if_not_exportable(self.model, peft_config, self._groups, self._shape)
         return peft_config
 
     def _resolve_targets(self, peft_config: AsymGQAConfig) -> None:
@@ -72,14 +87,32 @@ class AsymGQAModel(LoraModel):
                 # PEFT trains the heads of these tasks whole, and fails on a head that LoRA wraps.
                 decoder = set(self.model.base_model.modules())
                 targets = {name for name in targets if self.model.get_submodule(name) in decoder}
-            peft_config.target_modules = _short_names(targets, self.model)
-            return
-        for name in self._site_of:
-            if super()._check_target_module_exists(peft_config, name):
+            targets = peft_config.target_modules = _short_names(targets, self.model)
+        matched = []
+        for name, module in self.model.named_modules():
+            if ".lora_" in name or name.endswith(".base_layer"):
+                continue  # inside an earlier adapter
+            found = super()._check_target_module_exists(peft_config, name)
+            field = "target_modules" if found else "exclude_modules"
+            if name in self._site_of and (found or isinstance(found, _ExcludedModule)):
                 raise ValueError(
-                    f"target_modules={targets!r} matches {name!r}, but K and V are shared and trained whole: "
-                    "leave them out."
+                    f"{field}={getattr(peft_config, field)!r} matches {name!r}, but K and V are shared and trained "
+                    "whole: leave them out."
                 )
+            if found:
+                matched.append(name)
+                if peft_config.lora_bias and getattr(base_layer(module), "bias", None) is None:
+                    raise ValueError(
+                        f"lora_bias=True cannot be merged into {name!r}, which has no bias: leave it out of "
+                        "target_modules, or lora_bias unset."
+                    )
+        if targets and not matched:
+            # As PEFT says it, to which K and V always match.
+            raise ValueError(
+                f"Target modules {targets} not found in the base model. Please check the target modules, "
+                f"exclude_modules={peft_config.exclude_modules!r} and "
+                f"layers_to_transform={peft_config.layers_to_transform!r} and try again."
+            )
 
     def _check_target_module_exists(self, peft_config: AsymGQAConfig, key: str):
         # Shared projections are replaced whatever the LoRA filters (layers_to_transform, exclude_modules) say:
@@ -111,6 +144,7 @@ class AsymGQAModel(LoraModel):
             site.start(adapter_name)
         # generate() may allocate a static cache before the first forward, and would ask the base's configuration.
         self.model._get_static_cache_init_shape = _unknown_cache_shape
+        self.model.init_continuous_batching = _no_continuous_batching
         config = self.peft_config[adapter_name]
         if config.initialized is None:
             # Until a file that is loaded, or an initialisation, says otherwise.
@@ -151,21 +185,34 @@ class AsymGQAModel(LoraModel):
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args) -> None:
         # Every way of loading a PeftModel passes here before a tensor is written. PEFT's own only warns about missing
         # tensors and says nothing about unknown ones.
+        problems = []
         if not is_sharded(self):
+            # What the PeftModel around it did not know; it holds nothing else.
+            *_, unexpected_keys, _error_messages = args
+            root = prefix.removesuffix("base_model.")
+            problems += [f"unknown: {key}" for key in unexpected_keys if key.startswith(root)]
             given = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-            check_adapter_tensors(given, self._own_tensors(prefix), self._declared_adapters())
+            own = self.state_dict(prefix=prefix, keep_vars=True)
+            problems += tensor_problems(given, own, self._declared_adapters(), self._embeddings(prefix))
         turns = defaultdict(set)
         for at, layout in self._layouts(prefix):
             frequencies = state_dict.get(at + "frequencies")
-            _, shape = layout.checked(state_dict.get(at + "index"), frequencies)
+            try:
+                _, shape = layout.checked(state_dict.get(at + "index"), frequencies)
+            except ValueError as error:
+                problems.append(f"{at}: {error}")
+                continue
             if frequencies is not None:
                 turns[at.split(".")[-2]].add(shape.frequencies)
         for found in turns.values():
             if len(found) > 1:
-                raise ValueError(
+                problems.append(
                     f"rotary frequencies in the weights differ between layers, {sorted(found)}, where a stock model "
                     "has one rotary embedding. The file is damaged: take it anew from where it was saved."
                 )
+        if problems:
+            lines = "\n  ".join(sorted(problems))
+            raise ValueError(f"The adapter file does not fit this model and its adapter_config.json:\n  {lines}")
         self._loading = set()
         for adapter_name in self.peft_config:
             if any(f".{adapter_name}." in key for key in state_dict):
@@ -181,11 +228,14 @@ class AsymGQAModel(LoraModel):
                 self.peft_config[adapter_name].initialized = None
                 self._newly_wrapped.remove(adapter_name)
 
-    def _own_tensors(self, prefix: str) -> dict[str, Tensor]:
-        own = {prefix + name: parameter for name, parameter in self.named_parameters(remove_duplicate=False)}
-        for at, layout in self._layouts(prefix):
-            own |= layout.state_dict(prefix=at)
-        return own
+    def _embeddings(self, prefix: str) -> list[str]:
+        """Names of the embeddings in a state dict, the head included: what PEFT saves where they were resized."""
+        embeddings = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        names = []
+        for name, module in self.named_modules():
+            if module in embeddings:
+                names += [f"{prefix}{name}.{tensor}" for tensor in module.state_dict()]
+        return names
 
     def _layouts(self, prefix: str) -> Iterator[tuple[str, HeadLayout]]:
         """The groups of all layers and adapters, with their names in a state dict."""
@@ -206,10 +256,15 @@ class AsymGQAModel(LoraModel):
         """
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise ValueError(f"adapter_name={adapter_name!r}: attention has one set of K/V heads, activate one.")
+        if self._before_merge:
+            # As PEFT says it, whose layers would subtract what they added.
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+        self.unmerge_adapter()
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the active one, one of the others becomes active in every layer."""
+        self.unmerge_adapter()
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         if was_active and self.peft_config:
@@ -270,6 +325,7 @@ class AsymGQAModel(LoraModel):
     ):
         unload = super()._unload_and_optionally_merge
         if not merge:
+            self.unmerge_adapter()
             _remove_hooks(self.model)
             model = unload(merge=False, progressbar=progressbar)
             for site in self.sites:
@@ -280,22 +336,58 @@ class AsymGQAModel(LoraModel):
         if safe_merge:
             self._check_finite(name)
         plan = self.plan_export(name, **layout)  # may refuse: nothing has changed yet
+        _warn_of_hooks(self.model)
+        self.unmerge_adapter()
         readers = [site.reader(name) for site in self.sites]
         _remove_hooks(self.model)
         model = unload(merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=[name])
         return export_plain_model(model, plan, readers)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge one adapter in place; `unmerge_adapter` takes it back.
+        """Merge one adapter into the base's weights, in the base's own shape; `unmerge_adapter` takes it back.
+
+        Whoever reads the base's weights then, as TRL does for vLLM, has the adapter in them; but the cache is as large
+        as the base's. What the weights were is kept in main memory.
 
         Raises:
-            ValueError: for several adapters, or one with NaNs under `safe_merge`; nothing is merged then.
+            ValueError: for several adapters, one with NaNs under `safe_merge`, or one that the base's weights cannot
+                hold; nothing is merged then.
         """
         name = self._adapter_to_merge(adapter_names)
         self._warn_if_uninitialized([name])
         if safe_merge:
             self._check_finite(name)
-        super().merge_adapter([name], safe_merge=safe_merge)
+        if self._before_merge:
+            warnings.warn(f"The adapter {name!r} is merged already, nothing to do.", stacklevel=2)
+            return
+        check_foldable(self.model, self.sites, name)
+        parameters = [parameter for site in self.sites for parameter in site.base_parameters()]
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                parameters += module.get_base_layer().parameters()
+        self._before_merge = [(each, each.detach().to("cpu", copy=True)) for each in dict.fromkeys(parameters)]
+        try:
+            super().merge_adapter([name], safe_merge=safe_merge)
+            for site in self.sites:
+                fold_into_base(site, site.reader(name)())
+        except BaseException:
+            self.unmerge_adapter()
+            raise
+
+    @torch.no_grad()
+    def unmerge_adapter(self) -> None:
+        """Restore the base's weights, to the last bit, if an adapter is merged into them."""
+        if not self._before_merge:
+            return
+        super().unmerge_adapter()
+        for parameter, before in self._before_merge:
+            parameter.copy_(before)
+        self._before_merge = ()
+
+    def disable_adapter_layers(self) -> None:
+        """Switch the adapter off; one that is merged is unmerged first, as LoRA layers do it one by one."""
+        self.unmerge_adapter()
+        super().disable_adapter_layers()
 
     def _check_finite(self, adapter_name: str) -> None:
         # Of all tensors beforehand: PEFT looks layer by layer, and leaves a half-merged model where it stops.
@@ -330,12 +422,36 @@ def _short_names(targets: set[str], model: nn.Module) -> set[str]:
     return targets if any(name.rpartition(".")[2] in short for name in others) else short
 
 
+def _warn_of_hooks(model: nn.Module) -> None:
+    """Warn of hooks that somebody put on the base's modules: the plain model has modules of its own."""
+    hooked = []
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            library = getattr(hook, "__module__", "").partition(".")[0]
+            if library not in ("accelerate", "asymgqa_peft", "peft", "transformers"):
+                hooked.append(name.removesuffix(".base_layer"))
+    if hooked:
+        warnings.warn(
+            f"Forward hooks on {', '.join(sorted(set(hooked)))} do not come along: register them on the plain model.",
+            stacklevel=4,  # who called merge_and_unload
+        )
+
+
 def _unknown_cache_shape() -> None:
     """What transformers takes to allocate a static cache at its first use, from the keys that it gets."""
 
 
+def _no_continuous_batching(*args, **kwargs) -> None:
+    """What generate_batch begins with: its paged cache goes by the base's configuration, and fails in a thread."""
+    raise ValueError(
+        "continuous batching (generate_batch) cannot cache the shared heads of an adapter: call it on what "
+        "merge_and_unload() returns, or use generate."
+    )
+
+
 def _remove_hooks(model: nn.Module) -> None:
-    vars(model).pop("_get_static_cache_init_shape", None)
+    for name in ("_get_static_cache_init_shape", "init_continuous_batching"):
+        vars(model).pop(name, None)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):

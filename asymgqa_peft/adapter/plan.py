@@ -96,7 +96,7 @@ def plan_export(
     Raises:
         ValueError: for a quantised base, or where no stock class can hold the groups; with the remedy.
     """
-    if getattr(model, "hf_quantizer", None) is not None:
+    if is_quantised(model):
         raise ValueError(
             f"The base is quantised ({type(model.hf_quantizer).__name__}) and cannot hold new K/V heads: load the "
             "base in bf16, load the adapter onto it, and merge there."
@@ -143,6 +143,10 @@ def plan_export(
         for stock in (chosen.plain, other):
             if stock is not None:
                 stock.config.tie_word_embeddings = False
+    in_order = tuple(range(heads.base.num_attention_heads))
+    if any(layout.slot_of_head != in_order for layout in chosen.layouts):
+        # For whoever has adapters of the base: they load where shapes are the same, and change other heads.
+        chosen.plain.config.query_heads_permuted = True
     adapter = copy.deepcopy(adapter)
     adapter.head_groups = groups.to_lists()
     return ExportPlan(
@@ -156,6 +160,15 @@ def plan_export(
         stand_in=chosen.stand_in,
         **scales,
     )
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether some of the base's weights are packed."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.quantization_config.quant_method != "gguf":
+        return quantizer is not None
+    # transformers unpacks GGUF files of most architectures while loading them, and keeps the quantizer.
+    return any("gguf" in type(module).__module__ for module in model.modules())
 
 
 def _has_tied_head(model: PreTrainedModel) -> bool:
@@ -326,8 +339,17 @@ class _Planner:
 
 
 def _stock(model_class: type, config: PretrainedConfig) -> StockModel:
-    """The class and its configuration, which gets the names that engines read."""
+    """The class and its configuration, which gets the names that engines read and loses what is not the model's."""
     config.architectures = [model_class.__name__]
+    if getattr(config, "use_cache", None) is False:
+        # What the Trainer leaves behind, and what would slow everyone down who generates.
+        config.use_cache = True
+    # Code of the base that the plain checkpoint does not come with, and how weights were packed that are not any more.
+    lost = ["quantization_config"]
+    if model_class.__module__.startswith("transformers."):
+        lost += ["auto_map", "custom_pipelines"]
+    for name in lost:
+        vars(config).pop(name, None)
     parameters = getattr(config, "rope_parameters", None)
     if isinstance(parameters, dict) and "rope_theta" in parameters:
         # Engines written for transformers 4 read RoPE fields at the top level; transformers 5 takes both.

@@ -284,6 +284,28 @@ class AttentionSite:
         value_mix, layout = self.value.lora_value_mix[adapter_name], self.layout(adapter_name)
         value_mix.write(mix @ value_mix.read(layout).to(mix), layout)
 
+    @torch.no_grad()
+    def write_base(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, norms: dict[str, Tensor]) -> None:
+        """Overwrite the base's own tensors in place, with heads of its own shape; as for `replace_projections`."""
+        family, projections = self.family, {}
+        if self.is_fused:
+            projections[family.fused_qkv] = family.join_fused(query, key, value)
+        else:
+            projections |= {family.query: query, family.key: key, family.value: value}
+        for name, heads in projections.items():
+            linear, rows = base_layer(getattr(self.attention, name)), heads.flatten(0, 1)
+            linear.weight.copy_(rows[:, : self.shape.hidden_size])
+            if linear.bias is not None:
+                linear.bias.copy_(rows[:, -1])
+        base_layer(self.output).weight.copy_(output)
+        for name, scale in norms.items():
+            base_layer(getattr(self, name)).weight.copy_(scale.flatten() - family.norm_offset)
+
+    def base_parameters(self) -> list[nn.Parameter]:
+        """What `write_base` overwrites, and the parameters beside it."""
+        modules = [*self.sources().values(), *self.norms().values(), self.output]
+        return [parameter for module in modules for parameter in base_layer(module).parameters()]
+
     # ---- the plain model ----
 
     def replace_projections(

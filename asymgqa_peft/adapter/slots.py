@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ..groups import Partition, slot_layout
 from ..heads import SharedShape
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class HeadLayout(nn.Module):
     """The groups of one layer: the one place that holds them, and the moves between heads and slots that follow.
@@ -84,8 +86,8 @@ class HeadLayout(nn.Module):
             partition = self._checked_partition(index)
         if frequencies is not None:
             found, pairs = tuple(frequencies.tolist()), shape.base.rotary_dim // 2
-            fits = len(found) == len(shape.frequencies) and all(0 <= pair < pairs for pair in found)
-            if frequencies.is_floating_point() or not fits or list(found) != sorted(found):
+            fits = len(found) == len(shape.frequencies) and set(found) <= set(range(pairs))
+            if frequencies.dtype not in INTEGERS or not fits or list(found) != sorted(found):
                 raise ValueError(
                     f"rotary frequencies in the weights are {found}: they must be {len(shape.frequencies)} of the "
                     f"base's 0..{pairs - 1}, in ascending order. The file is damaged or belongs to another base."
@@ -95,7 +97,7 @@ class HeadLayout(nn.Module):
 
     def _checked_partition(self, index: Tensor) -> Partition:
         heads, groups = self.shape.base.base_kv_heads, len(self.partition)
-        if index.shape != (heads,) or index.is_floating_point():
+        if index.shape != (heads,) or index.dtype not in INTEGERS:
             raise ValueError(
                 f"head groups in the weights are {index.dtype} of shape {tuple(index.shape)}: they must be "
                 f"{heads} integers, the group of each KV head. The file is damaged or belongs to another base."

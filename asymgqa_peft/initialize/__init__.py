@@ -39,8 +39,8 @@ def initialize_asymgqa_weights(
 
     Args:
         model: from `get_peft_model` with an `AsymGQAConfig`.
-        batches: dicts with input_ids (B, T) and optionally attention_mask, or LongTensors (B, T). A few ten thousand
-            tokens of text like that of later use are plenty.
+        batches: dicts with input_ids (B, T) and optionally attention_mask or position_ids (of packed rows), or
+            LongTensors (B, T). A few ten thousand tokens of text like that of later use are plenty.
         adapter_name: which adapter; default the active one.
         progress: show a progress bar over layers.
 

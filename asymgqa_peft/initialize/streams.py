@@ -53,11 +53,10 @@ class Streams:
         device = model.get_input_embeddings().weight.device
         try:
             with _passing_by(layers):
-                for batch, mask in zip(self.batches, self.masks, strict=True):
-                    if mask is not None:
-                        mask = mask.to(device)
+                for batch in self.batches:
+                    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
                     try:
-                        model(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False)
+                        model(**inputs, use_cache=False)
                     except Stop:
                         continue
                     raise ValueError(
