@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
 from .card import TRANSPORT_ERRORS, Conversion, base_licence, check_repo_id, model_card
-from .files import folder_beside, save_json
+from .files import check_replaceable, folder_beside, save_json
 
 PICKLED = ["*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth"]
 """File types that run code when they are loaded, and are not pushed."""
@@ -249,7 +249,8 @@ def write_card(folder: Path | str, text: str) -> None:
 
 def _checked_empty(folder: Path | str) -> Path:
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    check_replaceable(folder)
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder={str(folder)!r} holds something already: remove it or choose another folder.")
     return folder
 

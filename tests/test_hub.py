@@ -243,8 +243,18 @@ def test_recipe_checks_its_output_before_it_loads_anything(saved, monkeypatch):
     for output, says in ((saved / "base", "exists"), (saved / "file" / "plain", "cannot be written")):
         with pytest.raises(SystemExit, match=says):
             run_recipe(monkeypatch, saved / "adapter", "--output", output)
-    with pytest.raises(SystemExit, match="holds no model"):
-        run_recipe(monkeypatch, saved / "adapter", "--output", saved, "--overwrite")
+    (saved / "link").symlink_to(saved / "base")
+    (saved / "project").mkdir()
+    (saved / "project" / "config.json").write_text("{}")  # the configuration of something else
+    (saved / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(saved / "adapter" / name, saved / "checkpoints")
+    refusals = {"": "holds no model", "project": "holds no model", "checkpoints": "holds no model", "link": "symbolic"}
+    before = sorted(saved.rglob("*"))
+    for name, says in refusals.items():
+        with pytest.raises(SystemExit, match=says):
+            run_recipe(monkeypatch, saved / "adapter", "--output", saved / name, "--overwrite")
+    assert sorted(saved.rglob("*")) == before
 
 
 def test_recipe_keeps_an_earlier_output_when_it_fails(saved, monkeypatch):
