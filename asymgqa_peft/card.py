@@ -6,6 +6,8 @@ Its text is the template `model_card.md`; the functions here find out what stand
 from __future__ import annotations
 
 import copy
+import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -166,11 +168,14 @@ def model_card(
     are_rows = isinstance(evaluation, list | tuple) and all(isinstance(row, Mapping) and row for row in evaluation)
     if evaluation is not None and not are_rows:
         raise ValueError(f'evaluation={evaluation!r} must be rows, e.g. [{{"model": "base", "perplexity": 38.3}}].')
+    if evaluation is not None:
+        evaluation = [{inline(name): _cell(value) for name, value in row.items()} for row in evaluation]
     base, shape, converted = conversion.base, conversion.shape, conversion.converted_shape
     before = kv_cache_bytes_per_token(base, conversion.dtype)
     card = ModelCard.from_template(
         _metadata(conversion, licence or {}),
         template_path=str(Path(__file__).with_name("model_card.md")),
+        inline=inline,
         conversion=conversion,
         shape=shape,
         converted=converted,
@@ -200,7 +205,7 @@ def base_licence(base: str | None, revision: str | None = None, token: str | Non
     try:
         file = Path(base, "README.md")
         if not Path(base).exists():
-            file = hf_hub_download(base, "README.md", revision=revision, token=token)
+            file = hf_hub_download(base, "README.md", revision=revision, token=checked_token(token))
         data = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError, *TRANSPORT_ERRORS):  # no card, not readable, or no way to it: nothing is known
         return {}
@@ -217,6 +222,32 @@ def check_repo_id(repo_id: str, field: str = "repo_id") -> None:
     """Raise ValueError unless `repo_id` is an "owner/name" that the Hub accepts."""
     if not isinstance(repo_id, str) or "/" not in repo_id or not _is_repo_id(repo_id):
         raise ValueError(f"{field}={repo_id!r} must be 'owner/name' of a repository, in letters, digits and - _ .")
+
+
+def checked_token(token: str | None) -> str | None:
+    """The token without the line end of the file it was read from.
+
+    Raises:
+        ValueError: if it cannot stand in a request, whose own error would show it. This one does not.
+    """
+    token = token and token.strip()
+    if token and not re.fullmatch("[!-~]+", token):
+        raise ValueError(
+            "token= holds characters that no token of the Hub has: pass it as its settings page shows it."
+        )
+    return token
+
+
+def inline(value: object) -> str:
+    """Somebody else's text as one line of Markdown that shows it as it is: no markup, no HTML, no lines of its own."""
+    line = "".join(filter(str.isprintable, " ".join(str(value).split())))
+    line = html.escape(line, quote=False)
+    # An underscore inside a word is one; elsewhere it would emphasise.
+    return re.sub(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", line)
+
+
+def _cell(value: object) -> object:
+    return value if value is None or isinstance(value, int | float) else inline(value)
 
 
 def _metadata(conversion: Conversion, licence: Mapping[str, str]) -> ModelCardData:
@@ -246,7 +277,7 @@ def _base_text(conversion: Conversion) -> str:
     if conversion.base_model:
         return f"[{conversion.base_model}](https://huggingface.co/{conversion.base_model})"
     if conversion.base_source:
-        return f"`{Path(conversion.base_source).name}` (a local folder)"
+        return f"{inline(Path(conversion.base_source).name)} (a local folder)"
     return f"a {conversion.base.model_type} model without a name"
 
 

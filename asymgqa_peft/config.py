@@ -134,7 +134,7 @@ class AsymGQAConfig(LoraConfig):
                 raise ValueError(f"{name}={value!r} must be an int >= 1{remedy}.")
         if not _is_int(self.seed):
             raise ValueError(f"seed={self.seed!r} must be an int.")
-        if self.initialized not in (None, True, False):
+        if self.initialized is not None and not isinstance(self.initialized, bool):
             raise ValueError(f"initialized={self.initialized!r} must be True, False or None; leave it to the adapter.")
         if not isinstance(self.refit_output, bool):
             raise ValueError(f"refit_output={self.refit_output!r} must be True or False.")

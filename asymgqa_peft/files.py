@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 
@@ -17,13 +19,9 @@ def written_beside(path: str | Path) -> Iterator[Path]:
     The folder of ``path`` is made if need be. After an error nothing new is left, and ``path`` is as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with _private_folder_beside(path) as private:
+        yield private / path.name
+        (private / path.name).replace(path)
 
 
 def save_json(path: str | Path, value: object) -> None:
@@ -37,20 +35,61 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
     """Fill an empty folder beside ``path``; at the end it takes the place of ``path``. After an error it is removed.
 
     What was at ``path`` is removed last: whenever the process is killed, the old folder or the new one is whole on
-    disk, for a moment as ``path`` + ".replaced".
+    disk, for a moment in a folder whose name starts as that of ``path``. Of several processes the last one to end
+    leaves its folder. The new folder has the old one's permissions.
+
+    Raises:
+        ValueError: for a path that no folder can take the place of, before anything is written.
     """
     path = Path(path)
-    beside, replaced = path.with_name(path.name + ".partial"), path.with_name(path.name + ".replaced")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(beside, ignore_errors=True)  # what a killed run left
-    beside.mkdir()
-    try:
+    check_replaceable(path)
+    with _private_folder_beside(path) as private:
+        beside = private / path.name
+        beside.mkdir()
         yield beside
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    if path.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        path.rename(replaced)
-    beside.rename(path)
-    shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists():
+            # A temporary folder that nobody else may read stays one.
+            beside.chmod(path.stat().st_mode & 0o7777)
+        _put_in_place(beside, path)
+
+
+def _put_in_place(beside: Path, path: Path) -> None:
+    for attempt in count():
+        replaced = beside.with_name(f"replaced-{attempt}")
+        try:
+            with suppress(FileNotFoundError):
+                path.rename(replaced)
+            beside.rename(path)
+            return
+        except BaseException as error:
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)
+            # Another process may have put its folder there between the two.
+            if getattr(error, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ValueError unless a new folder can take the place of ``path``, there or not."""
+    reason = None
+    if path.name in ("", ".."):
+        reason = "has no name of its own: choose a folder inside"
+    elif path.is_symlink():
+        reason = f"is a symbolic link: give the folder it leads to, {str(path.resolve())!r}"
+    elif path.is_mount():
+        reason = "is a mount point, which cannot be renamed: choose a folder inside"
+    elif path.exists() and not path.is_dir():
+        reason = "is a file"
+    if reason is not None:
+        raise ValueError(f"folder={str(path)!r} cannot be written, it {reason}.")
+
+
+@contextmanager
+def _private_folder_beside(path: Path) -> Iterator[Path]:
+    """A new folder of a unique name beside ``path``, for this user only; it is removed with what it holds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    private = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
+    try:
+        yield private
+    finally:
+        shutil.rmtree(private, ignore_errors=True)

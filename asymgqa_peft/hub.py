@@ -20,11 +20,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
-from .card import TRANSPORT_ERRORS, Conversion, base_licence, check_repo_id, model_card
-from .files import folder_beside, save_json
-
-PICKLED = ["*.bin", "*.ckpt", "*.pickle", "*.pkl", "*.pt", "*.pth"]
-"""File types that run code when they are loaded, and are not pushed."""
+from .card import TRANSPORT_ERRORS, Conversion, base_licence, check_repo_id, checked_token, model_card
+from .files import check_replaceable, folder_beside, save_json
+from .published import check_files
 
 # What an earlier push may have left, and a loader would find beside or instead of the new files.
 _SUPERSEDED = [
@@ -206,8 +204,8 @@ def push_folder(
 ) -> str:
     """Upload a saved model in one commit, which also removes what would shadow it; returns the repository's URL.
 
-    Arguments and errors: as for `push_adapter_to_hub`; also ValueError for a folder with pickled weights or
-    without any, and for an adapter whose base is not on the Hub.
+    Arguments and errors: as for `push_adapter_to_hub`; also ValueError for files that `check_files` refuses, a folder
+    without weights, and an adapter whose base is not on the Hub.
     """
     folder, api = Path(folder), _api(token)
     names = _names_to_upload(folder)
@@ -249,18 +247,19 @@ def write_card(folder: Path | str, text: str) -> None:
 
 def _checked_empty(folder: Path | str) -> Path:
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    check_replaceable(folder)
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder={str(folder)!r} holds something already: remove it or choose another folder.")
     return folder
 
 
 def _api(token: str | None) -> HfApi:
-    token = token or get_token()
+    token = checked_token(token) or get_token()
     if not token:
         raise ValueError(
             "No token for the Hub: run `hf auth login`, set HF_TOKEN, or pass token= (one with write access)."
         )
-    return HfApi(token=token)
+    return HfApi(token=checked_token(token))
 
 
 @contextmanager
@@ -284,11 +283,10 @@ def _names_to_upload(folder: Path) -> list[str]:
     """Every file in a folder but hidden ones, by its name in the repository."""
     if not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is not a folder.")
-    paths = sorted(filter(Path.is_file, folder.rglob("*")))
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
     files = [path.relative_to(folder).as_posix() for path in paths]
     names = list(filter_repo_objects(files, ignore_patterns=[".*", "*/.*"]))
-    if pickled := list(filter_repo_objects(names, allow_patterns=PICKLED)):
-        raise ValueError(f"{', '.join(pickled)} would run code when loaded: save as safetensors, remove them.")
+    check_files(folder, names)
     if not list(filter_repo_objects(names, allow_patterns="*.safetensors")):
         raise ValueError(f"folder={str(folder)!r} holds no safetensors weights: save a model there first.")
     return names

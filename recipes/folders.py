@@ -61,12 +61,20 @@ def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
     if folder.exists():
         if not overwrite:
             raise SystemExit(f"--output {folder} exists: --overwrite replaces it.")
-        # A folder of something else is never removed, whatever the options say.
-        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        if folder.is_dir() and not _is_saved_model(folder):
             raise SystemExit(f"--output {folder} holds no model: it is not replaced, choose another folder.")
     with ExitStack() as stack:
         try:
             beside = stack.enter_context(folder_beside(folder))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise SystemExit(f"--output {folder} cannot be written: {error}") from error
         yield beside
+
+
+def _is_saved_model(folder: Path) -> bool:
+    """Whether a folder is what a save has written: one of something else is never removed, whatever options say."""
+    entries = [entry for entry in folder.iterdir() if entry.name != "additional_chat_templates"]
+    names = {entry.name for entry in entries}
+    has_config = bool(names & {"config.json", "adapter_config.json"})
+    has_weights = any(name.endswith((".safetensors", ".bin")) for name in names)
+    return not names or (has_config and has_weights and not any(entry.is_dir() for entry in entries))

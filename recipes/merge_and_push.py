@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from asymgqa_peft import AsymGQAConfig, InitializationReport, export_report
 from asymgqa_peft.card import Conversion, base_licence, model_card
 from asymgqa_peft.hub import check_push_target, name_base, push_folder, save_merged, write_card
+from asymgqa_peft.published import check_files
 from recipes.folders import in_one_line, model_called, replacing
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -115,8 +116,15 @@ def write_adapter(folder: Path, config: AsymGQAConfig, args: Options, name: str,
     adapter = Path(args.adapter)
     if not adapter.exists():
         adapter = Path(snapshot_download(args.adapter, allow_patterns=list(ADAPTER_FILES)))
-    for file in ADAPTER_FILES:
-        shutil.copy(adapter / file, folder / file)
+    elif any((adapter / file).is_symlink() for file in ADAPTER_FILES):
+        # In the Hub's cache all files are links; elsewhere they may lead to what is not to be published.
+        raise SystemExit(
+            f"{adapter}: {' or '.join(ADAPTER_FILES)} is a symbolic link, put the files themselves there."
+        )
+    with in_one_line(args.adapter):
+        for file in ADAPTER_FILES:
+            shutil.copy(adapter / file, folder / file)
+        check_files(folder, ADAPTER_FILES)
     if args.push:
         name_base(folder / "adapter_config.json", conversion)
     if tokenizer := find_tokenizer(args.adapter, source):
@@ -172,7 +180,8 @@ def find_tokenizer(*sources: str) -> PreTrainedTokenizerBase | None:
 def copy_sentencepiece(source: str, revision: str | None, folder: Path) -> None:
     """The base's tokenizer.model, which transformers 5 does not save beside tokenizer.json; llama.cpp prefers it."""
     file = cached_file(source, "tokenizer.model", revision=revision, _raise_exceptions_for_missing_entries=False)
-    if file is not None:
+    # Links are how the Hub's cache keeps files; one in somebody's folder is not followed.
+    if file is not None and not (Path(source).exists() and Path(file).is_symlink()):
         shutil.copy(file, folder)
 
 

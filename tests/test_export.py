@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import re
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -27,6 +30,7 @@ from models import (
     adapted,
     config_of,
     left_padded,
+    logits,
     prompt,
     random_model,
     stock,
@@ -47,6 +51,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import asymgqa_peft
 from asymgqa_peft import AsymGQAConfig, export_report
 from asymgqa_peft.adapter import export
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token
@@ -229,8 +234,8 @@ def test_the_plain_model_starts_without_the_state_of_a_long_input(rope, tmp_path
     plain = model.merge_and_unload()
     plain.save_pretrained(tmp_path)
     for each in (plain, AutoModelForCausalLM.from_pretrained(tmp_path)):
-        for ids, logits in zip((short, long, short), (*expected, expected[0]), strict=True):
-            torch.testing.assert_close(each(ids).logits, logits, rtol=1e-4, atol=1e-4)
+        for ids, wanted in zip((short, long, short), (*expected, expected[0]), strict=True):
+            torch.testing.assert_close(each(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_what_training_left_in_the_configuration_is_not_saved(tmp_path):
@@ -744,7 +749,8 @@ class Storages(TorchDispatchMode):
         return result
 
 
-def test_merging_holds_the_model_and_at_most_one_layer():
+def test_merging_holds_the_merged_layers_beside_the_model_and_drops_the_old_ones():
+    """Both are there until the plain model is whole."""
     sizes = {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 688}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=6, **sizes)).bfloat16()
     layer = sum(parameter.nbytes for parameter in base.model.layers[0].parameters())
@@ -752,9 +758,55 @@ def test_merging_holds_the_model_and_at_most_one_layer():
     with Storages(model) as storages:
         plain = model.merge_and_unload()
         merged = storages.bytes()
-    assert storages.peak - storages.start <= layer
+    built = sum(parameter.nbytes for parameter in plain.model.layers.parameters())
+    assert storages.peak - storages.start <= built + layer
     held = sum(tensor.nbytes for tensor in [*plain.parameters(), *plain.buffers()])
-    assert merged < held + layer < storages.start  # the adapter and the base's K/V are gone
+    assert merged < held + layer < storages.start  # the adapter and the base's K/V are gone, whoever holds the base
     with Storages(plain) as storages:
         _ = copy.deepcopy(plain)
     assert storages.peak - storages.start > 5 * layer  # so much would have been seen
+
+
+PROJECT = str(Path(asymgqa_peft.__file__).parent)
+PEFT = str(Path(peft.__file__).parent)
+
+
+def merge_stopped_at(model, line: int | None) -> int:
+    """Merge, with an interrupt at the n-th line of this project's or PEFT's code; how many lines ran."""
+    lines = 0
+
+    def count(frame, event, _):
+        nonlocal lines
+        lines += event == "line"
+        if lines == line:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return count
+
+    sys.settrace(lambda frame, *_: count if frame.f_code.co_filename.startswith((PROJECT, PEFT)) else None)
+    try:
+        model.merge_and_unload()
+    finally:
+        sys.settrace(None)
+    return lines
+
+
+@pytest.mark.filterwarnings("ignore:The adapter's heads are means")
+@pytest.mark.parametrize("name", ["llama-equal", "olmo2", "phi3-wide"])
+def test_stopped_anywhere_a_merge_has_not_begun_or_is_done(name):
+    model, outcomes = adapted(name), []
+    reference, state = logits(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    lines = merge_stopped_at(copy.deepcopy(model), None)
+    points = random.Random(0).sample(range(1, lines), 12)
+    for line in [*points, *range(lines - 5, lines + 1)]:
+        with suppress(KeyboardInterrupt):
+            merge_stopped_at(model, line)
+        found = logits(model)
+        outcomes.append("lora_" in "".join(model.state_dict()))
+        if outcomes[-1]:
+            assert torch.equal(found, reference), f"line {line}"
+            assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+        else:
+            torch.testing.assert_close(found, reference, atol=1e-4, rtol=0, msg=f"line {line}")
+            model = adapted(name)
+    assert outcomes.count(True) > 10 and not all(outcomes)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import ast
+import copy
+import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+import traceback
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import TOKEN, Hub, serving
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from models import BASES, GROUPS, adapted, adapter_config, tiny_llama, wrap
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,7 +29,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from asymgqa_peft import hub, initialize_asymgqa_weights
 from asymgqa_peft.card import Conversion, base_licence, check_repo_id, model_card
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token
-from asymgqa_peft.hub import push_folder, save_adapter, save_merged
+from asymgqa_peft.hub import check_push_target, push_folder, save_adapter, save_merged
+from asymgqa_peft.published import check_files
 from recipes import merge_and_push
 
 HERE = Path(__file__).parent
@@ -243,8 +249,18 @@ def test_recipe_checks_its_output_before_it_loads_anything(saved, monkeypatch):
     for output, says in ((saved / "base", "exists"), (saved / "file" / "plain", "cannot be written")):
         with pytest.raises(SystemExit, match=says):
             run_recipe(monkeypatch, saved / "adapter", "--output", output)
-    with pytest.raises(SystemExit, match="holds no model"):
-        run_recipe(monkeypatch, saved / "adapter", "--output", saved, "--overwrite")
+    (saved / "link").symlink_to(saved / "base")
+    (saved / "project").mkdir()
+    (saved / "project" / "config.json").write_text("{}")  # the configuration of something else
+    (saved / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(saved / "adapter" / name, saved / "checkpoints")
+    refusals = {"": "holds no model", "project": "holds no model", "checkpoints": "holds no model", "link": "symbolic"}
+    before = sorted(saved.rglob("*"))
+    for name, says in refusals.items():
+        with pytest.raises(SystemExit, match=says):
+            run_recipe(monkeypatch, saved / "adapter", "--output", saved / name, "--overwrite")
+    assert sorted(saved.rglob("*")) == before
 
 
 def test_recipe_keeps_an_earlier_output_when_it_fails(saved, monkeypatch):
@@ -388,7 +404,7 @@ def test_saved_folders_keep_our_card_and_local_paths_stay_unpublished(tmp_path):
 
     save_merged(model.merge_and_unload(), None, tmp_path / "plain")
     text = (tmp_path / "plain" / "README.md").read_text()
-    assert "`base` (a local folder)" in text and str(tmp_path) not in text
+    assert "base (a local folder)" in text and str(tmp_path) not in text
     assert ModelCard(text).data.license_name == "tiny" and ModelCard(text).data.license_link is None
 
 
@@ -451,6 +467,145 @@ def test_other_adapters_and_pickles_are_refused(tmp_path, monkeypatch):
     (tmp_path / "training_args.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="training_args.bin would run code"):
         push_folder(tmp_path, "me/adapter")
+
+
+class Runs:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def pickled(protocol: int) -> bytes:
+    return pickle.dumps({"x": Runs()}, protocol)
+
+
+def saved_by_torch(**options) -> bytes:
+    file = io.BytesIO()
+    torch.save({"x": torch.zeros(2)}, file, **options)
+    return file.getvalue()
+
+
+BAD_FILES = {
+    "training_args.bin": (b"", "would run code"),
+    "old.PT": (b"", "would run code"),
+    **{f"protocol{number}.txt": (pickled(number), "holds a pickle") for number in range(6)},
+    "zipped.md": (saved_by_torch(), "holds a pickle"),
+    "legacy.md": (saved_by_torch(_use_new_zipfile_serialization=False), "holds a pickle"),
+    "tokenizer.json": (b'{"half": ', "no whole JSON"),
+    "model.safetensors.index.json": (b'{"weight_map": {"a": "absent.safetensors"}}', "missing: absent.safetensors"),
+    "other.safetensors": (pickled(2), "no whole safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_files_that_must_not_be_published_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    content, says = BAD_FILES[name]
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} .*{says}"):
+        push_folder(tmp_path, "me/model")
+
+
+def test_files_of_a_saved_model_and_whatever_is_no_pickle_may_be_published(saved):
+    """Also a header of safetensors whose length reads as a pickle's first bytes: 640 is 80 02 in hexadecimal."""
+    save_file({"x": torch.zeros(2)}, saved / "base" / "extra.safetensors", metadata={"x": ""})
+    content = (saved / "base" / "extra.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].ljust(640)
+    (saved / "base" / "extra.safetensors").write_bytes((640).to_bytes(8, "little") + header + content[8 + length :])
+    (saved / "base" / "code.py").write_text("import os\nimport sys\nclass A:\n    pass\n")
+    (saved / "base" / "merges.txt").write_text("#version: 0.2\ni n\n")
+    (saved / "base" / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00")
+    (saved / "base" / "empty").touch()
+    for folder in ("base", "adapter"):
+        check_files(saved / folder, [path.name for path in (saved / folder).iterdir()])
+
+
+def test_links_are_not_followed(saved, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (saved / "secret").write_text("mine")
+    (saved / "base" / "notes.txt").symlink_to(saved / "secret")
+    (saved / "base" / "elsewhere").symlink_to(saved / "adapter")
+    with pytest.raises(ValueError, match="elsewhere is a symbolic link.*notes.txt is a symbolic link"):
+        push_folder(saved / "base", "me/model")
+
+
+@pytest.mark.parametrize("kind", ["link", "cut", "foreign", "pickle"])
+def test_recipe_checks_the_adapter_that_it_copies(kind, saved, monkeypatch):
+    weights = saved / "adapter" / "adapter_model.safetensors"
+    (saved / "secret").write_text("PRIVATE KEY")
+    if kind == "link":
+        weights.unlink()
+        weights.symlink_to(saved / "secret")
+    elif kind == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif kind == "foreign":
+        save_file({"base_model.model.lora_A.weight": torch.zeros(2)}, weights)
+    else:
+        weights.write_bytes(pickled(2))
+    says = {"link": "symbolic link", "foreign": "no shared heads"}.get(kind, "no whole safetensors")
+    with pytest.raises(SystemExit, match=says):
+        run_recipe(monkeypatch, saved / "adapter", "--output", saved / "copy", "--adapter-only")
+    assert not (saved / "copy").exists()
+
+
+HOSTILE = "a\n# b\n---\n<script>c</script> [d](http://e) ![f](g) `h` **i** _j_ | k \u202e{{ 7 * 7 }} $l$\n```\nm"
+
+
+def test_nothing_that_an_adapter_or_a_command_line_says_becomes_markup(tmp_path):
+    save_base(tmp_path / "base")
+    model = wrap(LlamaForCausalLM.from_pretrained(tmp_path / "base"), GROUPS["llama"])
+    plain_text, hostile_text = (
+        model_card(
+            replace(
+                Conversion.of(model),
+                base_source=f"/{text.replace('/', '')}",
+                base_revision=text,
+                adapter=copy.copy(model.peft_config["default"]),
+            ),
+            name=text,
+            licence={"license": "other", "license_name": text, "license_link": f"https://{text}"},
+            evaluation=[{"model": text, text: 1.5}],
+            calibration_data=text,
+            recovery_data=text,
+        )
+        for text in ("word", HOSTILE)
+    )
+    data = ModelCard(hostile_text).data.to_dict()
+    assert data.keys() == ModelCard(plain_text).data.to_dict().keys() and data["license_name"] == HOSTILE
+    body, plain_body = (text.split("\n---\n", 1)[1] for text in (hostile_text, plain_text))
+    body = body[body.index("\n# ") :]
+    plain_body = plain_body[plain_body.index("\n# ") :]
+    assert len(body.splitlines()) == len(plain_body.splitlines())
+    assert body.count("\n```") == plain_body.count("\n```") and body.count("\n#") == plain_body.count("\n#")
+    (code,) = [line for line in body.splitlines() if ".from_pretrained(" in line]
+    assert ast.literal_eval(code.partition("from_pretrained(")[2][:-1]) == HOSTILE
+    shown = body.replace(code, "")
+    for markup in ("<script>", "[d]", "![f]", " `h`", "**i**", " _j_", " | k", "\u202e", "$l$"):
+        assert markup not in shown, markup
+    assert r"{{ 7 \* 7 }}" in shown and "&lt;script&gt;" in shown
+
+
+@pytest.mark.parametrize("token", ["hf_secret\n", " hf_secret\r\n", "hf_sec\nret", "hf_sécret", "hf_sec ret"])
+def test_a_token_never_appears_in_a_message(token, tmp_path, monkeypatch):
+    """The transport's own error for a header with a line end shows the header."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with serving() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        for call in (
+            lambda: push_folder(tmp_path, "me/model", token=token),
+            lambda: check_push_target("me/model", token=token),
+            lambda: base_licence("me/model", token=token),
+        ):
+            text = ""
+            try:
+                call()
+            except Exception:
+                text = traceback.format_exc()
+            assert token.strip() not in text.replace("\\n", "\n") and "secret" not in text and "ret'" not in text
 
 
 def test_a_base_without_card_has_no_licence(tmp_path):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from models import CASES, adapter_config, config_of, left_padded, prompt, random
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 
+import asymgqa_peft
 from asymgqa_peft import InitializationReport, initialize_asymgqa_weights
 from asymgqa_peft.adapter.site import attention_sites, unwrap
 from asymgqa_peft.groups import HeadGroups
@@ -50,6 +54,7 @@ def state_of(model) -> dict:
         "trainable": {name: p.requires_grad for name, p in model.named_parameters()},
         "modes": {name: m.training for name, m in model.named_modules()},
         "hooks": {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()},
+        "forwards": [name for name, module in model.named_modules() if "forward" in vars(module)],
         "groups": copy.deepcopy({name: config.head_groups for name, config in model.peft_config.items()}),
         "active": model.active_adapters,
     }
@@ -262,6 +267,53 @@ def test_interrupted_anywhere_the_model_is_as_before(stage, error, monkeypatch):
     monkeypatch.undo()
     initialize_asymgqa_weights(model, prompt(16, 24, seed=3).split(8), progress=False)
     with pytest.raises(AssertionError):  # without the error everything would have changed
+        assert_same_state(before, state_of(model))
+
+
+PROJECT = str(Path(asymgqa_peft.__file__).parent)
+SETTING_UP = {
+    "capture",
+    "keep",
+    "_passing_by",
+    "passing",
+    "hooks_removed",
+    "recording",
+    "evaluating",
+    "all_or_nothing",
+}
+
+
+def lines_of_an_initialisation(model, stop: tuple | None = None) -> list[tuple[str, str, int]]:
+    """File, function and number of every line of the project's code that runs; an interrupt at the first `stop`."""
+    lines = {}
+
+    def count(frame, event, _):
+        line = (frame.f_code.co_filename, frame.f_code.co_name, frame.f_lineno)
+        if event == "line":
+            lines[line] = None
+            if line == stop:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return count
+
+    sys.settrace(lambda frame, *_: count if frame.f_code.co_filename.startswith(PROJECT) else None)
+    try:
+        initialize_asymgqa_weights(model, IDS[:8].split(4), progress=False)
+    finally:
+        sys.settrace(None)
+    return list(lines)
+
+
+def test_interrupted_at_any_line_the_model_is_as_before():
+    """All lines that patch, hook or switch something, and some others; where each runs for the first time."""
+    model = wrapped(num_key_value_heads=4)
+    model.train()
+    before, lines = state_of(model), lines_of_an_initialisation(copy.deepcopy(model))
+    chosen = [line for line in lines if line[1] in SETTING_UP]
+    assert {line[1] for line in chosen} == SETTING_UP
+    for line in [*chosen, *random.Random(0).sample(lines, 15)]:
+        with pytest.raises(KeyboardInterrupt):
+            lines_of_an_initialisation(model, line)
         assert_same_state(before, state_of(model))
 
 

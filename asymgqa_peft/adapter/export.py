@@ -26,8 +26,8 @@ def export_plain_model(
 ) -> PreTrainedModel:
     """Write the shared heads into a model whose LoRA is merged, and return it as an instance of the stock class.
 
-    Each of the ``readers`` reads the shared heads of a layer. One projection at a time, its heads one by one in
-    float64: beside the model, less than a layer is held.
+    Each of the ``readers`` reads the shared heads of a layer. The model is used up, one projection at a time, its
+    heads one by one in float64: beside it, less than a layer is held.
     """
     for site, layout, read in zip(attention_sites(model), plan.layouts, readers, strict=True):
         block = model.get_submodule(site.name.rpartition(".")[0])

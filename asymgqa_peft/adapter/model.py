@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -297,6 +298,9 @@ class AsymGQAModel(LoraModel):
     ) -> PreTrainedModel:
         """Merge one adapter and return a plain model: a stock class with a stock configuration.
 
+        It is built beside the wrapped model, which needs memory for the merged projections, and takes its place in
+        one step at the end: after any error or an interrupt the model is as it was before.
+
         Args:
             progressbar, safe_merge, adapter_names: as for LoRA.
             duplicate_kv_heads: store the K/V head of a large group more than once where that takes fewer bytes of
@@ -323,11 +327,10 @@ class AsymGQAModel(LoraModel):
     def _unload_and_optionally_merge(
         self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **layout: bool | int | None
     ):
-        unload = super()._unload_and_optionally_merge
         if not merge:
             self.unmerge_adapter()
             _remove_hooks(self.model)
-            model = unload(merge=False, progressbar=progressbar)
+            model = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
             for site in self.sites:
                 site.restore_geometry()
             return model
@@ -339,9 +342,26 @@ class AsymGQAModel(LoraModel):
         _warn_of_hooks(self.model)
         self.unmerge_adapter()
         readers = [site.reader(name) for site in self.sites]
-        _remove_hooks(self.model)
-        model = unload(merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=[name])
-        return export_plain_model(model, plan, readers)
+        twin = self._twin()
+        _remove_hooks(twin.model)
+        unloaded = LoraModel._unload_and_optionally_merge(twin, True, progressbar, safe_merge, [name])
+        plain = export_plain_model(unloaded, plan, readers)
+        # One step, before which nothing has changed. As after PEFT's merge, whoever holds the base has the merged one.
+        vars(self.model).update(_modules=plain._modules, config=plain.config)
+        # What held the old layers lets go of them.
+        self.sites, self._site_of = attention_sites(self.model), {}
+        return plain
+
+    def _twin(self) -> AsymGQAModel:
+        """A copy to be merged: it has its own weights where a merge changes them, and shares all others."""
+        memo = {}
+        for tensor in (*self.parameters(), *self.buffers()):
+            memo[id(tensor)] = tensor
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, SharedLayer):
+                for parameter in module.get_base_layer().parameters():
+                    memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        return copy.deepcopy(self, memo)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge one adapter into the base's weights, in the base's own shape; `unmerge_adapter` takes it back.

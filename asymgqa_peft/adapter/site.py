@@ -7,7 +7,7 @@ and in `families`; nobody else asks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -382,10 +382,8 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, each module's own mode restored: no dropout, no gradient checkpointing."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with ExitStack() as restored:
+        for module in model.modules():
+            restored.callback(setattr, module, "training", module.training)
+        model.eval()
         yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from peft import PeftModel
@@ -50,21 +50,20 @@ def all_or_nothing(model: PeftModel, tuner: AsymGQAModel, adapter_name: str) -> 
     groups = [(layout.partition, layout.shape.frequencies) for layout in layouts]
     head_groups, initialized = config.head_groups, config.initialized
     before = {name: tensor.detach().cpu().clone() for name, tensor in _adapter_tensors(model, adapter_name)}
-    active, trainable = model.active_adapter, [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for layout, (partition, frequencies) in zip(layouts, groups, strict=True):
-            layout.set_partition(partition, frequencies)
-        config.head_groups, config.initialized = head_groups, initialized
-        for name, tensor in _adapter_tensors(model, adapter_name):
-            tensor.copy_(before[name])
-        raise
-    finally:
-        tuner.enable_adapter_layers()
-        model.set_adapter(active)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+    with ExitStack() as restored:
+        for parameter in model.parameters():
+            restored.callback(parameter.requires_grad_, parameter.requires_grad)
+        restored.callback(model.set_adapter, model.active_adapter)
+        restored.callback(tuner.enable_adapter_layers)
+        try:
+            yield
+        except BaseException:
+            for layout, (partition, frequencies) in zip(layouts, groups, strict=True):
+                layout.set_partition(partition, frequencies)
+            config.head_groups, config.initialized = head_groups, initialized
+            for name, tensor in _adapter_tensors(model, adapter_name):
+                tensor.copy_(before[name])
+            raise
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -47,24 +47,17 @@ class Streams:
             if index == len(layers) - 1:
                 raise Stop
 
-        handles = []
-        for index, layer in enumerate(layers):
-            handles.append(layer.register_forward_pre_hook(partial(keep, index), with_kwargs=True))
         device = model.get_input_embeddings().weight.device
-        try:
-            with _passing_by(layers):
-                for batch in self.batches:
-                    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-                    try:
-                        model(**inputs, use_cache=False)
-                    except Stop:
-                        continue
-                    raise ValueError(
-                        "the model's forward does not run all of its attention layers: it is not supported."
-                    )
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooks_removed(layers), _passing_by(layers):
+            for index, layer in enumerate(layers):
+                layer.register_forward_pre_hook(partial(keep, index), with_kwargs=True)
+            for batch in self.batches:
+                inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+                try:
+                    model(**inputs, use_cache=False)
+                except Stop:
+                    continue
+                raise ValueError("the model's forward does not run all of its attention layers: it is not supported.")
         self.current = list(self.original)
 
     def run_layer(
@@ -93,17 +86,14 @@ def _passing_by(layers: list[nn.Module]) -> Iterator[None]:
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, *seen[0][1:]) if isinstance(seen[0], tuple) else hidden
 
-    # accelerate's, on a model spread over devices.
-    own = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = partial(passing, layer.forward, [])
-    try:
+    with ExitStack() as restored:
+        for layer in layers:
+            own = vars(layer).get("forward")  # accelerate's, on a model spread over devices
+            if own is not None:
+                restored.callback(setattr, layer, "forward", own)
+            restored.callback(vars(layer).pop, "forward", None)
+            layer.forward = partial(passing, layer.forward, [])
         yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
 
 
 def _storage_of_streams(hidden: Tensor, tokens: int) -> torch.device:
@@ -114,6 +104,17 @@ def _storage_of_streams(hidden: Tensor, tokens: int) -> torch.device:
     unused = torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
     needed = 3 * tokens * hidden.shape[-1] * hidden.itemsize
     return hidden.device if needed <= (free + unused) / 2 else torch.device("cpu")
+
+
+@contextmanager
+def hooks_removed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Whatever forward hooks modules get inside are gone at the end, also one whose registration is interrupted."""
+    with ExitStack() as restored:
+        for module in modules:
+            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+                restored.callback(hooks.update, dict(hooks))
+                restored.callback(hooks.clear)
+        yield
 
 
 @contextmanager
@@ -139,16 +140,12 @@ def recording(
         if stops and record.keys() == names:
             raise Stop
 
-    handles = []
-    try:
+    with hooks_removed([*outputs.values(), *inputs.values()]):
         for name, module in outputs.items():
-            handles.append(module.register_forward_hook(partial(keep, name)))
+            module.register_forward_hook(partial(keep, name))
         for name, module in inputs.items():
-            handles.append(module.register_forward_pre_hook(partial(keep, name)))
+            module.register_forward_pre_hook(partial(keep, name))
         yield record
-    finally:
-        for handle in handles:
-            handle.remove()
     if silent := sorted(names - record.keys()):
         raise ValueError(
             f"{', '.join(silent)} never ran while calibrating: the model's forward does not call it. "

@@ -32,7 +32,7 @@ from ..method.search import SearchResult, search_partition
 from ..method.statistics import LayerMoments, LayerStatistics, sum_over_ranks
 from .checks import check_finite
 from .report import InitializationReport
-from .streams import Stop, Streams, recording
+from .streams import Stop, Streams, hooks_removed, recording
 
 NEGLIGIBLE_SPREAD = 1e-3
 """Relative difference of divisors that needs no note."""
@@ -302,16 +302,15 @@ class Walk:
             targets[batch] = None
             raise Stop
 
-        handle = base_layer(site.output).register_forward_pre_hook(collect)
-        try:
+        output = base_layer(site.output)
+        with hooks_removed([output]):
+            output.register_forward_pre_hook(collect)
             for batch, call in streams.run_layer(layer, site.layer, streams.current):  # noqa: B007 (read in the hook)
                 try:
                     call()
                 except Stop:
                     continue
                 raise ValueError(f"{site.name} never ran its output projection while refitting.")
-        finally:
-            handle.remove()
         refit.reduce()
         lora = site.output
         rank, scaling = lora.r[self.adapter], lora.scaling[self.adapter]
