@@ -33,7 +33,8 @@ from asymgqa_peft.evaluate import (
     strided_windows,
 )
 from asymgqa_peft.files import save_json
-from recipes.folders import check_writable, in_one_line, model_called
+from asymgqa_peft.mistakes import in_one_line, model_called
+from recipes.folders import check_writable
 from recipes.reporting import print_report, provenance
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from transformers.utils import cached_file
 from asymgqa_peft import AsymGQAConfig, InitializationReport, export_report
 from asymgqa_peft.card import Conversion, base_licence, model_card
 from asymgqa_peft.hub import check_push_target, name_base, push_folder, save_merged, write_card
-from recipes.folders import in_one_line, model_called, replacing
+from asymgqa_peft.mistakes import in_one_line, model_called
+from recipes.folders import replacing
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -28,9 +28,10 @@ from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, InitializationReport, in
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
 from asymgqa_peft.files import save_json
 from asymgqa_peft.hub import check_push_target
+from asymgqa_peft.mistakes import in_one_line, model_called
 from recipes import merge_and_push
 from recipes.checkpoints import checkpoint_bytes, checkpoint_to_resume, held_bytes, is_finished
-from recipes.folders import check_space, check_writable, in_one_line, model_called, replacing
+from recipes.folders import check_space, check_writable, replacing
 from recipes.reporting import print_report
 
 
@@ -43,6 +44,7 @@ class ConversionArguments:
         metadata={"help": "Training text: a .txt, .json or .jsonl file, or a Hub id[:configuration]."}
     )
     num_key_value_heads: int = field(metadata={"help": "G, shared K/V heads per layer."})
+    head_dim: int | None = field(default=None, metadata={"help": "Width of a shared head; default: the base's."})
     dataset_split: str = field(
         default="train", metadata={"help": "Split of the data set; its last rows are held out."}
     )
@@ -199,7 +201,16 @@ def resume(checkpoint: Path, args: ConversionArguments, training: SFTConfig) -> 
     if missing:
         raise SystemExit(f"{run} lacks {', '.join(missing)}: {checkpoint.name} is not of this recipe.")
     saved, wanted = PeftConfig.from_pretrained(checkpoint), adapter_config(args, training)
-    for name in ("num_key_value_heads", "grouping", "criterion", "merge", "max_group_size", "r", "lora_alpha"):
+    for name in (
+        "num_key_value_heads",
+        "head_dim",
+        "grouping",
+        "criterion",
+        "merge",
+        "max_group_size",
+        "r",
+        "lora_alpha",
+    ):
         before, now = getattr(saved, name, None), getattr(wanted, name)
         if before != now:
             raise SystemExit(
@@ -303,6 +314,7 @@ def load_base(args: ConversionArguments, training: SFTConfig) -> torch.nn.Module
 def adapter_config(args: ConversionArguments, training: SFTConfig) -> AsymGQAConfig:
     return AsymGQAConfig(
         num_key_value_heads=args.num_key_value_heads,
+        head_dim=args.head_dim,
         grouping=args.grouping,
         criterion=args.criterion,
         merge=args.merge,
