@@ -21,8 +21,8 @@ find_python() {
     return 1
 }
 
-# Sets `index`, pip's options, and `size`, what it will download (the old bash of macOS fails on an empty array: `+`). PyPI's torch for Linux brings all of
-# CUDA; PyTorch's own index has builds for machines without an NVIDIA GPU.
+# Sets `index`, options of pip, and `size`, what it will download. PyPI's torch for Linux brings all of CUDA; PyTorch's
+# own index has builds for machines without an NVIDIA GPU.
 choose_torch() {
     index=() size="0.2 GB"
     [[ $(uname) == Linux ]] || return 0
@@ -52,8 +52,9 @@ make_environment() {
     local index size
     choose_torch
     echo "$0: downloading torch ($size)"
-    "$PYTHON" -m pip install --quiet "torch==2.13.0" ${index[@]+"${index[@]}"} || fail "torch 2.13.0 could not be installed: it" \
-        "needs a 64-bit Python 3.11 to 3.14 and the package index; this is $("$PYTHON" -VV | head -1)."
+    # An empty array, to the old bash of macOS, is not set: hence the plus sign.
+    "$PYTHON" -m pip install --quiet "torch==2.13.0" ${index[@]+"${index[@]}"} || fail "torch 2.13.0 could not be" \
+        "installed: it needs a 64-bit Python 3.11 to 3.14 and the package index; this is $("$PYTHON" -VV | head -1)."
     echo "$0: downloading transformers, peft, trl and what they need (0.2 GB)"
     "$PYTHON" -m pip install --quiet --editable ".[$extra]" || fail "installing the package failed, see above. If pip" \
         "wants to compile something, it found no wheel for this Python: take 3.11 to 3.13, or install a compiler" \
