@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from .heads import HeadShape
+from .heads import HeadShape, NormSpan
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,11 @@ class Family:
     # q, k, v of head 0, then of head 1, ...
     fused_qkv: str | None = None
     fused_layout: Literal["blocks", "heads"] = "blocks"
-    # RMS norms that span all heads (OLMo-2); norms within a head need no entry.
+    # RMS norms between the projections and RoPE: their names, what one spans, and what its scale is beyond its weight.
     query_norm: str | None = None
     key_norm: str | None = None
+    norm_span: NormSpan | None = None
+    norm_offset: float = 0.0
     # Attributes of the attention module that say what heads it is to see, and which figure each holds: "slots",
     # "kv_heads", "slots_per_kv", "head_dim" or "rotary_dim".
     geometry: dict[str, str] = field(
@@ -78,8 +80,6 @@ class Family:
     wide_as: StandIn | None = None
     # Options of the configuration that cannot be on -> technical reason and remedy.
     refused_options: dict[str, str] = field(default_factory=dict)
-    # Whether a norm stands between k_proj and the attention.
-    norms_keys: bool = False
     # The configuration's bound on queries, keys and values, a clamp unless None.
     clamp_option: str | None = None
 
@@ -87,11 +87,6 @@ class Family:
     def shared_names(self) -> tuple[str, ...]:
         """Projections that are trained whole and take no LoRA."""
         return (self.fused_qkv,) if self.fused_qkv else (self.key, self.value)
-
-    @property
-    def query_source(self) -> str:
-        """Module whose output is the attention's query."""
-        return self.query_norm or self.query
 
     def split_fused(self, heads: Tensor, shape: HeadShape, dim: int = 0) -> tuple[Tensor, ...]:
         """Heads of a fused projection along the axis `dim` >= 0 -> H of q, K of k, K of v."""
@@ -106,6 +101,8 @@ class Family:
         return torch.cat((query, key, value), dim)
 
 
+_HEAD_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm", "norm_span": "head"}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         # LlamaConfig wants hidden_size % num_attention_heads == 0; and more engines honour Mistral's head_dim.
@@ -113,10 +110,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family(),
     "qwen2": Family(),
-    "qwen3": Family(norms_keys=True),
+    "qwen3": Family(**_HEAD_NORMS),
     "gemma": Family(),
     "gemma2": Family(plain_residual=False, scale_in_config=True),
-    "gemma3_text": Family(plain_residual=False, scale_in_config=True, norms_keys=True),
+    "gemma3_text": Family(plain_residual=False, scale_in_config=True, norm_offset=1.0, **_HEAD_NORMS),
     "phi": Family(
         output="dense",
         geometry={"num_key_value_groups": "slots_per_kv", "head_dim": "head_dim", "rotary_ndims": "rotary_dim"},
@@ -134,7 +131,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "olmo": Family(clamp_option="clip_qkv"),
-    "olmo2": Family(plain_residual=False, query_norm="q_norm", key_norm="k_norm", norms_keys=True),
+    "olmo2": Family(plain_residual=False, query_norm="q_norm", key_norm="k_norm", norm_span="layer"),
     "phi3": Family(
         fused_qkv="qkv_proj",
         geometry={"num_key_value_heads": "kv_heads", "num_key_value_groups": "slots_per_kv", "head_dim": "head_dim"},
@@ -195,8 +192,9 @@ def head_shape(config: PretrainedConfig) -> HeadShape:
         base_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
         head_dim=head_dim,
         rotary_dim=int(head_dim * _rotary_fraction(config)) if family.rotary else 0,
-        free_keys=not family.norms_keys and not clamped,
+        free_keys=not clamped,
         free_values=not clamped,
+        norm_span=family.norm_span,
     )
 
 

@@ -6,14 +6,19 @@ P = D - R, G shared heads, W dimensions of a shared head, of which W_r are rotar
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .groups import Partition
+
+NormSpan = Literal["head", "layer"]
+"""What one RMS norm between projection and RoPE takes together: a head, or all heads of the layer."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,9 @@ class HeadShape:
         base_kv_heads: K, KV heads of the base; query head h follows KV head h // (H / K).
         head_dim: D.
         rotary_dim: R, leading dimensions of a head that RoPE rotates in half-split pairs (j, j + R/2); 0 without RoPE.
-        free_keys: whether a query gain may undo a change of the keys' basis (not with a norm or clamp in between).
+        free_keys: whether a query gain may undo a change of the keys' basis (not with a clamp in between).
         free_values: whether a value mix may undo a change of the values' basis.
+        norm_span: of the norms that queries and keys pass before RoPE; None where there are none.
     """
 
     hidden_size: int
@@ -37,6 +43,7 @@ class HeadShape:
     rotary_dim: int
     free_keys: bool = True
     free_values: bool = True
+    norm_span: NormSpan | None = None
 
     @property
     def queries_per_kv(self) -> int:
@@ -118,7 +125,8 @@ class AttentionWeights:
         key, value: (K D, E).
         output: (E, H D).
         query_bias, key_bias, value_bias: (H D,), (K D,), (K D,) or None.
-        key_norm: (K D,) scale of a norm that spans all keys, or None.
+        query_norm, key_norm: scales of the norms that queries and keys pass, or None: (D,) each of norms that span a
+            head, (H D,) and (K D,) of norms that span the layer.
     """
 
     query: Tensor
@@ -128,6 +136,7 @@ class AttentionWeights:
     query_bias: Tensor | None = None
     key_bias: Tensor | None = None
     value_bias: Tensor | None = None
+    query_norm: Tensor | None = None
     key_norm: Tensor | None = None
 
 
@@ -138,7 +147,8 @@ class SharedHeads:
     Query head h of group g attends with shared head g: each rotary pair of the shared head gets the query pair of its
     frequency, times ``query_gain[h]``; the pass-through part of the query goes through ``query_mix[h]``; what the
     attention returns goes through ``value_mix[h]``. None stands for ones and identities: the head takes the shared
-    head as it is.
+    head as it is. Where the base norms queries and keys, ``query_scale[h]`` multiplies the query first, and the norms
+    act on what gains and mixes made: on heads of W dimensions.
 
     Attributes:
         partition: groups of base KV heads.
@@ -148,7 +158,9 @@ class SharedHeads:
         query_gain: (H, W_r / 2) complex.
         query_mix: (H, W - W_r, P).
         value_mix: (H, D, W).
-        key_norm: (G, W) scale of a norm that spans all shared keys, or None.
+        query_scale: (H, D).
+        query_norm, key_norm: scales of the norms of fitted queries and shared keys, or None: (W,) each of norms that
+            span a head, (H, W) and (G, W) of norms that span the layer.
     """
 
     partition: Partition
@@ -160,6 +172,8 @@ class SharedHeads:
     query_gain: Tensor | None = None
     query_mix: Tensor | None = None
     value_mix: Tensor | None = None
+    query_scale: Tensor | None = None
+    query_norm: Tensor | None = None
     key_norm: Tensor | None = None
 
 
@@ -183,8 +197,9 @@ def mean_heads(weights: AttentionWeights, partition: Partition, shape: SharedSha
         value=_mean_of_parts(weights.value, partition, shape.value_sources, value_parts),
         key_bias=_mean_of_parts(weights.key_bias, partition, key_sources, key_parts),
         value_bias=_mean_of_parts(weights.value_bias, partition, shape.value_sources, value_parts),
-        key_norm=_mean_of_parts(weights.key_norm, partition, key_sources, key_parts),
     )
+    if base.norm_span is not None:
+        heads = replace(heads, **_mean_norms(weights, partition, shape, key_sources, key_parts))
     if shape.head_dim == base.head_dim:
         return heads
     gain = pair_parts.to(heads.key)
@@ -197,6 +212,21 @@ def mean_heads(weights: AttentionWeights, partition: Partition, shape: SharedSha
         # All query heads of a KV head use the shared head alike.
         own[name] = each.repeat_interleave(base.queries_per_kv, 0)
     return replace(heads, **own)
+
+
+def _mean_norms(
+    weights: AttentionWeights, partition: Partition, shape: SharedShape, sources: list[int], parts: Tensor
+) -> dict[str, Tensor]:
+    """Scales of the norms around `mean_heads`, by their fields of `SharedHeads`."""
+    dim, dtype = shape.base.head_dim, torch.promote_types(weights.key_norm.dtype, torch.float32)
+    query_norm, key_norm = weights.query_norm.to(dtype), weights.key_norm.to(dtype)
+    if shape.base.norm_span == "head":
+        key_norm, query_norm = key_norm[sources], query_norm[sources]
+    else:
+        key_norm = _mean_of_parts(key_norm, partition, sources, parts)
+        query_norm = query_norm.unflatten(0, (-1, dim))[:, sources]
+    # A query fills D of the W dimensions, which its norm takes the mean square of.
+    return {"key_norm": key_norm, "query_norm": query_norm * math.sqrt(dim / shape.head_dim)}
 
 
 def part_members(partition: Partition, sources: Sequence[int]) -> Tensor:

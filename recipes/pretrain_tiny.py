@@ -1,4 +1,4 @@
-"""Pretrain a small Llama with one KV head per query head, to have something real to convert.
+"""Pretrain a small model with one KV head per query head, to have something real to convert.
 
 Without options this trains the bundled model (`recipes/tiny_model`) on the text of Python's standard library:
 
@@ -9,6 +9,9 @@ With `--text` it trains on a text file of your own instead, for instance a 25 M 
     python recipes/pretrain_tiny.py --text books.txt.xz --out books_model --vocab-size 8192 --hidden-size 512 \
         --layers 8 --heads 16 --head-dim 32 --intermediate-size 1024 --batch-size 96 --learning-rate 1.5e-3 \
         --dropout 0.15 --weight-decay 1.0 --tokens 56e6 --max-shard-size 15MB
+
+`--form qwen3` and `--form olmo2` train models with a norm between k_proj and the attention, per head and across all
+heads, instead of a Llama.
 
 The tokenizer, a byte-level BPE, is trained on the same text. The weights with the lowest perplexity on the validation
 text are kept, written in bfloat16, loaded again and measured in float32 on the held-out text, which nothing else
@@ -49,7 +52,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Olmo2Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 from recipes import stdlib_text
 
@@ -59,6 +70,8 @@ RECIPES = Path(__file__).resolve().parent
 # A text file is cut into pieces of about this many characters, which the tokenizer then encodes in parallel.
 PIECE_CHARACTERS = 50_000
 HELD_OUT_SHARE, VALIDATION_SHARE = 0.04, 0.02
+
+FORMS = {"llama": LlamaConfig, "qwen3": Qwen3Config, "olmo2": Olmo2Config}
 
 # KV heads averaged into one to show that they differ.
 AVERAGED_HEADS = 4
@@ -113,6 +126,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--python-version", default=platform.python_version(), help="version of --stdlib, for the card (%(default)s)"
     )
     shape = parser.add_argument_group("model")
+    shape.add_argument("--form", choices=list(FORMS), default="llama", help="architecture (%(default)s)")
+    shape.add_argument(
+        "--norm-spread",
+        type=float,
+        default=1.0,
+        help="largest by smallest scale that the norms of queries and keys start from, over the rotary frequencies: "
+        "in large models they end up an order of magnitude apart (%(default)s)",
+    )
     shape.add_argument("--vocab-size", type=int, default=2048, help="entries of the BPE tokenizer (%(default)s)")
     shape.add_argument("--hidden-size", type=int, default=192, help="model width (%(default)s)")
     shape.add_argument("--layers", type=int, default=6, help="number of layers (%(default)s)")
@@ -203,9 +224,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, block_size: int) -> P
     )
 
 
-def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A Llama with random weights, one KV head per query head and tied embeddings."""
-    config = LlamaConfig(
+def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model with random weights, one KV head per query head and tied embeddings."""
+    config = FORMS[args.form](
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
         intermediate_size=args.intermediate_size,
@@ -219,15 +240,29 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
-    # As in GPT-2: the residual stream's variance must not grow with depth.
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for projection in residual_projections(model):
+            # As in GPT-2: the residual stream's variance must not grow with depth.
             projection.weight.div_(math.sqrt(2 * args.layers))
+        for norm in head_norms(model):
+            # The slowest frequencies come last in each half of a head, and get the largest scales.
+            pairs = args.norm_spread ** torch.linspace(-0.5, 0.5, args.head_dim // 2)
+            norm.weight.copy_(pairs.repeat(norm.weight.numel() // len(pairs)))
     return model
 
 
-def residual_projections(model: LlamaForCausalLM) -> list[torch.nn.Linear]:
+def head_norms(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The norms of queries and keys; none in a Llama."""
+    norms = []
+    for layer in model.model.layers:
+        for name in ("q_norm", "k_norm"):
+            if hasattr(layer.self_attn, name):
+                norms.append(getattr(layer.self_attn, name))
+    return norms
+
+
+def residual_projections(model: PreTrainedModel) -> list[torch.nn.Linear]:
     """The projections whose output is added to the residual stream."""
     projections = []
     for layer in model.model.layers:
@@ -235,8 +270,8 @@ def residual_projections(model: LlamaForCausalLM) -> list[torch.nn.Linear]:
     return projections
 
 
-def add_dropout(model: LlamaForCausalLM, probability: float) -> list[torch.utils.hooks.RemovableHandle]:
-    """Dropout on the residual projections' outputs, which Llama has no setting for; returns the hooks' handles."""
+def add_dropout(model: PreTrainedModel, probability: float) -> list[torch.utils.hooks.RemovableHandle]:
+    """Dropout on the residual projections' outputs, which has no setting of its own; returns the hooks' handles."""
     if probability == 0:
         return []
 
@@ -268,7 +303,7 @@ def next_token_loss(hidden: torch.Tensor, embedding: torch.Tensor, ids: torch.Lo
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def build_optimizer(model: LlamaForCausalLM, args: argparse.Namespace) -> torch.optim.AdamW:
+def build_optimizer(model: PreTrainedModel, args: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only."""
     matrices, vectors = [], []
     for parameter in model.parameters():
@@ -292,7 +327,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def train(
-    model: LlamaForCausalLM, ids: torch.LongTensor, validation: torch.LongTensor, args: argparse.Namespace
+    model: PreTrainedModel, ids: torch.LongTensor, validation: torch.LongTensor, args: argparse.Namespace
 ) -> TrainingRecord:
     """Train in place; on return the model holds the weights with the lowest validation perplexity."""
     loss_of = next_token_loss
@@ -344,7 +379,7 @@ def train(
 
 
 def training_step(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     loss_of: Callable[..., torch.Tensor],
     optimizer: torch.optim.Optimizer,
     batch: torch.LongTensor,
@@ -375,7 +410,7 @@ def affordable_steps(steps: int, start: float, benchmark: float, minutes: float 
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, blocks: torch.LongTensor, batch_size: int) -> float:
+def perplexity(model: PreTrainedModel, blocks: torch.LongTensor, batch_size: int) -> float:
     """exp of the mean negative log-likelihood of each block's tokens but its first, in the model's own precision."""
     training = model.training
     model.eval()
@@ -390,8 +425,8 @@ def perplexity(model: LlamaForCausalLM, blocks: torch.LongTensor, batch_size: in
 
 
 @torch.no_grad()
-def average_neighbour_heads(model: LlamaForCausalLM, heads_per_group: int) -> LlamaForCausalLM:
-    """A copy whose k_proj and v_proj are averaged over each run of neighbouring heads (the classic GQA merge).
+def average_neighbour_heads(model: PreTrainedModel, heads_per_group: int) -> PreTrainedModel:
+    """A copy whose K and V are averaged over each run of neighbouring heads (the classic GQA merge).
 
     The averages are repeated for every head of the run, so the copy keeps its shapes and computes what the grouped
     model would.
@@ -399,16 +434,20 @@ def average_neighbour_heads(model: LlamaForCausalLM, heads_per_group: int) -> Ll
     merged = copy.deepcopy(model)
     head_dim = merged.config.head_dim
     for layer in merged.model.layers:
-        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
-            # Every head of a run gets the run's mean, which computes the same as one shared head.
-            heads = projection.weight.view(-1, heads_per_group, head_dim, projection.in_features)  # (G, K/G, D, E)
-            projection.weight.copy_(heads.mean(1, keepdim=True).expand_as(heads).reshape_as(projection.weight))
+        weights = [layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]
+        if merged.config.model_type == "olmo2":
+            # Its norm has a scale of its own for every head.
+            weights.append(layer.self_attn.k_norm.weight)
+        for weight in weights:
+            # Every head of a run gets the run's mean, which computes the same as one shared head: (G, K/G, D, ...).
+            heads = weight.unflatten(0, (-1, heads_per_group, head_dim))
+            weight.copy_(heads.mean(1, keepdim=True).expand_as(heads).reshape_as(weight))
     return merged
 
 
 def measure(out: Path, corpus: Corpus, args: argparse.Namespace, device: torch.device) -> Measurement:
     """Load what was saved and measure it, as it is and with each run of neighbouring KV heads averaged."""
-    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).to(device)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).to(device)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     blocks = stdlib_text.token_blocks(corpus.held_out, tokenizer, args.block_size).to(device)
     # Bits per byte can be compared across tokenizers.
@@ -423,9 +462,7 @@ def measure(out: Path, corpus: Corpus, args: argparse.Namespace, device: torch.d
     )
 
 
-def save(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, args: argparse.Namespace
-) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, args: argparse.Namespace) -> None:
     """Write bfloat16 weights, configuration and tokenizer, and with `--text` the held-out text too."""
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out, max_shard_size=args.max_shard_size)
@@ -436,13 +473,24 @@ def save(
 
 def command_line(args: argparse.Namespace, tokens: int) -> str:
     """The command that repeats this run, every choice spelled out; folders and time limits are left to the reader."""
-    options = ["vocab_size", "hidden_size", "layers", "heads", "head_dim", "intermediate_size", "block_size"]
+    options = [
+        "form",
+        "norm_spread",
+        "vocab_size",
+        "hidden_size",
+        "layers",
+        "heads",
+        "head_dim",
+        "intermediate_size",
+        "block_size",
+    ]
     options += ["batch_size", "learning_rate", "weight_decay", "dropout", "seed"]
     words = ["python", "recipes/pretrain_tiny.py"]
     if args.text is not None:
         words += ["--text", args.text.name]
     for name in options:
-        words += [f"--{name.replace('_', '-')}", f"{getattr(args, name):g}"]
+        value = getattr(args, name)
+        words += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else f"{value:g}"]
     return shlex.join([*words, "--tokens", str(tokens)])
 
 
@@ -487,9 +535,9 @@ library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# A tiny multi-head-attention Llama
+# A tiny multi-head-attention model
 
-A byte-level BPE tokenizer and a Llama trained from scratch on {corpus.name}.
+A byte-level BPE tokenizer and a model of the {args.form} form, trained from scratch on {corpus.name}.
 It has one KV head per query head, is small enough to ship and trained enough that its heads matter. It is here to be
 converted, not to be talked to.
 

@@ -264,6 +264,10 @@ CASES: dict[str, Case] = {
         head_dim=16,
     ),
     "olmo-wide": Case("olmo", BIAS, head_dim=16),
+    "qwen3-wide": Case("qwen3", {**BIAS, "rope_parameters": YARN_ROPE}, head_dim=16),
+    "qwen3-wide-gqa": _gqa("qwen3", BIAS, head_dim=12),
+    "olmo2-wide": Case("olmo2", {**OLMO2, "rope_parameters": LLAMA3_ROPE}, head_dim=12),
+    "olmo2-wide-gqa": _gqa("olmo2", OLMO2, head_dim=16),
     "opt": Case("opt", OPT, plain_heads=(8, 8)),
     "gpt_neox": Case("gpt_neox", NEOX, plain_heads=(8, 8)),
 }

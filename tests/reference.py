@@ -3,23 +3,37 @@
 It knows nothing of slots, hooks, tuner layers or export: it takes the stock model and the adapter's state dict, merges
 LoRA by hand, copies each shared K/V head back to every base head of its group, and folds the query gains and mixes
 into q_proj and the value mixes into o_proj, head by head. What comes out is the base's own class with K heads.
-Of wide heads it makes every query head's own key and value instead: the same class, multi-head.
+Of wide heads it makes every query head's own key and value instead: the same class, multi-head. Behind norms of
+queries and keys every head is as wide as the shared ones, because the norms are.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
 
 import torch
 from torch import nn
 
+NORM_OFFSET = {"qwen3": 0.0, "olmo2": 0.0, "gemma3_text": 1.0}
 FUSED = {"phi3": "qkv_proj", "gpt_neox": "query_key_value"}
 OUTPUT = {"phi": "dense", "gpt_neox": "dense", "opt": "out_proj"}
 
 
+class RootMeanSquareNorm(nn.Module):
+    """A norm over the last dimension, whatever it is."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows * (rows.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
+
+
 class GroupedKeyNorm(nn.Module):
-    """OLMo-2's k_norm under shared keys: the mean square is over the G shared heads, not over their K copies."""
+    """OLMo-2's k_norm under shared keys: the mean square is over the G shared heads, not over their copies."""
 
     def __init__(self, weight: torch.Tensor, group_of: list[int], head_dim: int, eps: float) -> None:
         super().__init__()
@@ -78,6 +92,9 @@ def _expand(attention: nn.Module, config, state: dict, partition, name: str) -> 
     shared_key, shared_value = _shared(state, fused, len(partition), name)
     rows = _rows(getattr(attention, fused or "q_proj"), dim)
     query = list(rows[: 3 * heads : 3] if config.model_type == "gpt_neox" else rows[:heads])
+    if config.model_type in NORM_OFFSET:
+        _expand_normed(attention, config, state, query, shared_key, shared_value, group_of, name)
+        return
     if shared_key.shape[1] != dim:
         _expand_wide(attention, config, state, query, shared_key, shared_value, group_of, name)
         return
@@ -95,8 +112,41 @@ def _expand(attention: nn.Module, config, state: dict, partition, name: str) -> 
         for h in range(heads):
             columns = slice(h * dim, (h + 1) * dim)
             output.weight[:, columns] = output.weight[:, columns] @ (torch.eye(dim).double() + mix[h])
-    if (weight := _one(state, f"lora_norm.{name}.weight")) is not None:
-        attention.k_norm = GroupedKeyNorm(weight, group_of, dim, attention.k_norm.variance_epsilon)
+
+
+def _expand_normed(attention, config, state: dict, query, shared_key, shared_value, group_of: list[int], name: str):
+    """H heads of W dimensions, each with a copy of its shared K and V; norms over W, or over what shares a divisor."""
+    heads, dim, width = len(query), query[0].shape[0], shared_key.shape[1]
+    group_of_query = [group_of[h // (heads // len(group_of))] for h in range(heads)]
+    matrix = _query_matrix if width == dim else partial(_wide_query_matrix, width=width)
+    scale = 1 + _one(state, f"lora_query_scale.{name}.weight")
+    mix = torch.eye(dim, width).double() + _one(state, f"lora_value_mix.{name}.weight")
+    fitted = [matrix(state, h, dim, name=name) @ (scale[h][:, None] * query[h]) for h in range(heads)]
+    key, value = [shared_key[g] for g in group_of_query], [shared_value[g] for g in group_of_query]
+    for projection, matrices in (("q_proj", fitted), ("k_proj", key), ("v_proj", value)):
+        _resize(getattr(attention, projection), heads * width)
+        _write(getattr(attention, projection), matrices)
+    columns = attention.o_proj.weight.unflatten(1, (heads, dim))
+    mixed = torch.cat([columns[:, h] @ mix[h] for h in range(heads)], dim=1)
+    attention.o_proj.in_features = heads * width
+    attention.o_proj.weight = nn.Parameter(mixed, requires_grad=False)
+    attention.head_dim, attention.num_key_value_groups = width, 1
+    offset, eps = NORM_OFFSET[config.model_type], config.rms_norm_eps
+    query_norm = _one(state, f"q_norm.lora_norm.{name}.weight") + offset
+    key_norm = _one(state, f"k_norm.lora_norm.{name}.weight") + offset
+    attention.q_norm, attention.k_norm = RootMeanSquareNorm(query_norm, eps), RootMeanSquareNorm(key_norm, eps)
+    if config.model_type == "olmo2":
+        attention.k_norm = GroupedKeyNorm(key_norm, group_of_query, width, eps)
+    if width != dim:
+        attention.register_forward_pre_hook(
+            partial(_widened_positions, _one(state, f"lora_groups.{name}.frequencies").long()), with_kwargs=True
+        )
+
+
+def _widened_positions(frequencies: torch.Tensor, _module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    cos, sin = kwargs["position_embeddings"]
+    columns = torch.cat([frequencies, frequencies + cos.shape[-1] // 2])
+    return args, {**kwargs, "position_embeddings": (cos[..., columns], sin[..., columns])}
 
 
 def _expand_wide(attention, config, state: dict, query, shared_key, shared_value, group_of: list[int], name: str):
@@ -105,7 +155,7 @@ def _expand_wide(attention, config, state: dict, query, shared_key, shared_value
     for h in range(heads):
         group = group_of[h // (heads // len(group_of))]
         # (M q) . z = q . (M^T z)
-        key.append(_wide_query_matrix(state, h, dim, shared_key.shape[1], name).T @ shared_key[group])
+        key.append(_wide_query_matrix(state, h, dim, width=shared_key.shape[1], name=name).T @ shared_key[group])
         mix = torch.eye(dim, shared_value.shape[1]).double() + _one(state, f"lora_value_mix.{name}.weight")[h]
         value.append(mix @ shared_value[group])
     if config.model_type in FUSED:
@@ -126,7 +176,7 @@ def _resize(linear: nn.Linear, rows: int) -> None:
         linear.bias = nn.Parameter(linear.weight.new_zeros(rows), requires_grad=False)
 
 
-def _wide_query_matrix(state: dict, head: int, dim: int, width: int, name: str) -> torch.Tensor:
+def _wide_query_matrix(state: dict, head: int, dim: int, *, width: int, name: str) -> torch.Tensor:
     """W x D: what one query head's gains and mix make of its query. Pairs of one frequency are neighbours."""
     gain = _one(state, f"lora_query_gain.{name}.weight")[head]
     frequencies = _one(state, f"lora_groups.{name}.frequencies").long().tolist()

@@ -18,11 +18,12 @@ from asymgqa_peft.families import FAMILIES
 
 TOLERANCE = 5e-6  # of the largest logit, in fp32; measured 3e-7 to 9e-7
 NO_SDPA = {"gemma2"}  # its soft cap: transformers 5.23 refuses, 5.17 leaves the cap out
-QUERY_GAIN, QUERY_MIX, VALUE_MIX = "lora_query_gain", "lora_query_mix", "lora_value_mix"
+QUERY_SCALE, QUERY_GAIN = "lora_query_scale", "lora_query_gain"
+QUERY_MIX, VALUE_MIX = "lora_query_mix", "lora_value_mix"
 FITS = {
-    "qwen3": {VALUE_MIX},
-    "gemma3_text": {VALUE_MIX},
-    "olmo2": {VALUE_MIX},
+    "qwen3": {QUERY_SCALE, QUERY_GAIN, VALUE_MIX},
+    "gemma3_text": {QUERY_SCALE, QUERY_GAIN, VALUE_MIX},
+    "olmo2": {QUERY_SCALE, QUERY_GAIN, VALUE_MIX},
     "olmo-clipped": set(),
     "opt": {QUERY_MIX, VALUE_MIX},
     "phi": {QUERY_GAIN, QUERY_MIX, VALUE_MIX},
@@ -76,7 +77,7 @@ def test_logits_equal_the_dense_reference(name: str, attention: str):
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_training_mode_shows_the_attention_the_bases_own_heads(name: str):
-    """The same logits, and after the attention H heads of D: no empty slot, no wide head."""
+    """The same logits, and after the attention H heads of D: no empty slot, and no wide head but behind a norm."""
     model = adapted(name)
     site, seen = attention_sites(model)[0], []
     site.output.register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[-1]), prepend=True)
@@ -85,22 +86,22 @@ def test_training_mode_shows_the_attention_the_bases_own_heads(name: str):
         for layer in each.shared_layers():
             layer.train()  # and nothing else, whose dropout would show
     assert relative_error(model, left_padded(), expected_logits(name)) < TOLERANCE
-    own = site.shape.num_attention_heads * site.shape.head_dim
-    case = CASES[name]
-    slots = case.slots * (case.head_dim or site.shape.head_dim) if FAMILIES[case.model_type].grouped else own
-    assert seen == [slots, own]
+    case, family = CASES[name], FAMILIES[CASES[name].model_type]
+    width = case.head_dim or site.shape.head_dim
+    own = site.shape.num_attention_heads * (width if family.norm_span else site.shape.head_dim)
+    assert seen == [case.slots * width if family.grouped else own, own]
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-wide", "llama-wide-odd", "qwen2-gqa", "phi-wide", "phi3", "olmo2"])
 def test_gradients_do_not_depend_on_the_shape_that_the_attention_sees(name: str):
     gradients = []
-    for decodes in (True, False):
+    for shows_heads in (True, False):
         model = adapted(name).double().train()
-        if not decodes:
+        if not shows_heads:
             for site in attention_sites(model):
                 for layer in site.shared_layers():
                     layer.eval()
-        assert {site.key.decodes for site in attention_sites(model)} == {decodes}
+        assert {site.key.shows_heads for site in attention_sites(model)} == {shows_heads}
         model(input_ids=prompt(), labels=prompt()).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert len(gradients[0]) > 10 and gradients[0].keys() == gradients[1].keys()
@@ -162,8 +163,8 @@ def test_basis_fits_exist_where_the_basis_is_free(name: str):
     case = CASES[name]
     found = {part for key, _ in subject(name).model.named_parameters() for part in key.split(".")}
     expected = FITS.get(name, FITS.get(case.model_type, {QUERY_GAIN, VALUE_MIX}))
-    assert found & {QUERY_GAIN, QUERY_MIX, VALUE_MIX} == expected
-    assert ("lora_norm" in found) == (case.model_type == "olmo2")
+    assert found & {QUERY_SCALE, QUERY_GAIN, QUERY_MIX, VALUE_MIX} == expected
+    assert ("lora_norm" in found) == (case.model_type in ("olmo2", "qwen3", "gemma3_text"))
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "opt", "olmo2", "phi3", "gpt_neox", "qwen2-gqa"])

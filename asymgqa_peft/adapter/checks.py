@@ -94,7 +94,7 @@ def shared_shape(
 
 def _refusal_of_width(shape: HeadShape, family: Family, model_config) -> str | None:
     if not shape.free_keys or not shape.free_values:
-        return "a norm or clamp between projection and attention fixes the width of its heads"
+        return "a clamp between projection and attention fixes the width of its heads"
     if not family.grouped or not family.explicit_head_dim:
         return "its configuration knows no width of heads, so that no plain checkpoint could hold them"
     if family.wide_as is not None and not family.wide_as.can_replace(model_config):

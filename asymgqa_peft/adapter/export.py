@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..groups import SlotLayout
-from ..heads import SharedHeads, join_bias
+from ..heads import SharedHeads, SharedShape, join_bias
 from .plan import ExportPlan
 from .site import AttentionSite, attention_sites
 
@@ -32,38 +32,61 @@ def export_plain_model(
 
 
 def _write_layer(site: AttentionSite, layout: SlotLayout, shared: SharedHeads, plan: ExportPlan) -> None:
-    query = _fitted_queries(site, layout, shared, plan)
+    query, scale = _fitted_queries(site, layout, shared), _scale_of_queries(shared.shape, plan)
     source = list(layout.kv_source)
-    if site.query_norm is not None:
-        # A norm over all slots is to act as the base's over H heads, but empty slots thin out the mean square. With
-        # queries scaled by sqrt(slots / H) it is the base's, epsilon's share too; the norm's scale takes that back.
-        factor = math.sqrt(layout.num_slots / site.shape.num_attention_heads)
-        query = query * factor
-        scale = site.query_norm.weight.detach().double().unflatten(0, (-1, site.shape.head_dim)) / factor
-        slots = scale.new_zeros(layout.num_slots, site.shape.head_dim)
-        slots[list(layout.slot_of_head)] = scale
-        _set_weight(site.query_norm, slots.flatten())
-        _set_weight(site.key_norm, shared.key_norm[source].flatten())
+    if site.family.norm_span is None:
+        query = query * scale[:, None].to(query.device)
+    else:
+        query = _write_norms(site, layout, shared, query, scale)
     key = join_bias(shared.key, shared.key_bias)[source].double()
     value = join_bias(shared.value, shared.value_bias)[source].double()
     unfuse = plan.stand_in is not None and plan.stand_in.unfuses
     site.replace_projections(query, key, value, _mixed_outputs(site, layout, shared), unfuse)
 
 
-def _fitted_queries(site: AttentionSite, layout: SlotLayout, shared: SharedHeads, plan: ExportPlan) -> Tensor:
+def _scale_of_queries(shape: SharedShape, plan: ExportPlan) -> Tensor:
+    """(W,) factors that make up for what the plain class does otherwise to scores and to rotary embeddings."""
+    scale = torch.full((shape.head_dim,), plan.query_scale, dtype=torch.float64)
+    scale[: shape.rotary_dim] *= plan.rotary_scale
+    return scale
+
+
+def _write_norms(site: AttentionSite, layout: SlotLayout, shared: SharedHeads, query: Tensor, scale: Tensor) -> Tensor:
+    """Write the norms' scales; what `scale` would do to queries before a norm, the norm would undo.
+
+    Returns:
+        Queries (slots, W, E) as their norm needs them.
+    """
+    query_norm, key_norm = shared.query_norm.double() * scale.to(query.device), shared.key_norm
+    if site.family.norm_span == "layer":
+        # A norm over all slots is to act as the adapter's over H heads, but empty slots thin out the mean square. With
+        # queries scaled by sqrt(slots / H) it is that one, epsilon's share too; the norm's scale takes that back.
+        factor = math.sqrt(layout.num_slots / site.shape.num_attention_heads)
+        query = query * factor
+        slots = query_norm.new_zeros(layout.num_slots, shared.shape.head_dim)
+        slots[list(layout.slot_of_head)] = query_norm / factor
+        query_norm, key_norm = slots, key_norm[list(layout.kv_source)]
+    for norm, weight in ((site.query_norm, query_norm), (site.key_norm, key_norm)):
+        norm.weight = nn.Parameter((weight.flatten() - site.family.norm_offset).to(norm.weight))
+    return query
+
+
+def _fitted_queries(site: AttentionSite, layout: SlotLayout, shared: SharedHeads) -> Tensor:
     """Queries (slots, W, E), with a bias (slots, W, E + 1), fitted to the shared heads; zero in empty slots."""
     weights, shape = site.weights(), shared.shape
     heads = join_bias(weights.query, weights.query_bias).unflatten(0, (-1, site.shape.head_dim))
     slots = heads.new_zeros(layout.num_slots, shape.head_dim, heads.shape[-1], dtype=torch.float64)
     for head, slot in enumerate(layout.slot_of_head):
-        rotary, rest = heads[head].double().split([shape.base.rotary_dim, shape.base.pass_dim])
+        rows = heads[head].double()
+        if shared.query_scale is not None:
+            rows = rows * shared.query_scale[head][:, None]
+        rotary, rest = rows.split([shape.base.rotary_dim, shape.base.pass_dim])
         pairs = torch.complex(*rotary.chunk(2))[list(shape.frequencies)]
         if shared.query_gain is not None:
             pairs = pairs * shared.query_gain[head][:, None]
         if shared.query_mix is not None:
             rest = shared.query_mix[head] @ rest
-        rotary = torch.cat((pairs.real, pairs.imag)) * plan.rotary_scale
-        slots[slot] = torch.cat((rotary, rest)) * plan.query_scale
+        slots[slot] = torch.cat((pairs.real, pairs.imag, rest))
     return slots
 
 
@@ -78,10 +101,6 @@ def _mixed_outputs(site: AttentionSite, layout: SlotLayout, shared: SharedHeads)
             columns = columns @ shared.value_mix[head]
         slots[:, slot] = columns.to(slots)
     return slots.flatten(1)
-
-
-def _set_weight(module: nn.Module, weight: Tensor) -> None:
-    module.weight = nn.Parameter(weight.to(module.weight))
 
 
 def _as_stock_model(model: PreTrainedModel, plan: ExportPlan) -> PreTrainedModel:

@@ -7,8 +7,9 @@ An adapter in effect shows the attention one of two shapes, which compute the sa
 
 - in evaluation mode, G shared heads with p query slots each: queries are fitted to the shared head of their group and
   scattered into slots after q_proj, and heads are gathered back and mixed before o_proj. The cache holds G heads.
-- in training mode, the base's H heads of D: shared keys and values are decoded into each query head's own, so that
-  there are no empty slots and no wider heads to compute. There too where a family cannot store fewer heads.
+- in training mode, one K/V head per query head, so that there are no empty slots to compute; there too where a family
+  cannot store fewer heads. Shared keys and values are decoded into each query head's own of D dimensions; behind a
+  norm, which acts on all W of them, they are repeated as they are.
 """
 
 from __future__ import annotations
@@ -25,10 +26,17 @@ from torch import Tensor, nn
 from ..families import Family
 from ..groups import Partition
 from ..heads import HeadShape, SharedShape
-from .slots import HeadLayout, HeadMix, RotaryGain
+from .slots import HeadLayout, HeadMix, HeadScale, RotaryGain
 
 # No LoRA, for all their names: PEFT trains and saves what stands under the prefix "lora_".
-SHARED_CONTAINERS = ("lora_kv", "lora_query_gain", "lora_query_mix", "lora_value_mix", "lora_norm")
+SHARED_CONTAINERS = (
+    "lora_kv",
+    "lora_query_scale",
+    "lora_query_gain",
+    "lora_query_mix",
+    "lora_value_mix",
+    "lora_norm",
+)
 """Where the trainable tensors of shared heads stand in their layers."""
 
 
@@ -85,9 +93,14 @@ class SharedLayer(nn.Module, BaseTunerLayer):
         return self.keys.lora_groups[adapter_name]
 
     @property
-    def decodes(self) -> bool:
-        """Whether the attention is to see each query head's own K and V, not the shared heads."""
+    def shows_heads(self) -> bool:
+        """Whether the attention is to see one K/V head per query head, not the shared heads in slots."""
         return self.keys.training or not self.family.grouped
+
+    @property
+    def decodes(self) -> bool:
+        """Whether these are each query head's own K and V, of the base's D dimensions."""
+        return self.shows_heads and self.shape.norm_span is None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Mark the adapter as merged: shared heads replace the base's, there is no sum to fold."""
@@ -135,11 +148,11 @@ class SharedProjection(SharedLayer):
     """G shared heads for keys, values or both, in place of the base's projection.
 
     `lora_kv[adapter]` projects onto the shared heads; `lora_query_gain`, `lora_query_mix` (keys) and `lora_value_mix`
-    (values) fit each query head to them and exist where the architecture leaves the basis free. `lora_groups` holds
-    the groups; the values' layer has none of its own and asks the keys'.
+    (values) fit each query head to them and exist where the architecture leaves the basis free, `lora_query_scale`
+    where a norm follows. `lora_groups` holds the groups; the values' layer has none of its own and asks the keys'.
     """
 
-    adapter_layer_names = ("lora_kv", "lora_query_gain", "lora_query_mix", "lora_value_mix")
+    adapter_layer_names = ("lora_kv", "lora_query_scale", "lora_query_gain", "lora_query_mix", "lora_value_mix")
     parts: tuple[str, ...] = ()
 
     def __init__(self, base_layer: nn.Module, shape: HeadShape, family: Family) -> None:
@@ -156,6 +169,8 @@ class SharedProjection(SharedLayer):
         heads = base.num_attention_heads
         if "key" in self.parts:
             self.lora_groups[adapter_name] = HeadLayout(partition, shape, self._device(), declared)
+            if base.norm_span is not None:
+                self.lora_query_scale[adapter_name] = HeadScale(shape, **factory)
             if base.free_keys and base.rotary_dim:
                 self.lora_query_gain[adapter_name] = RotaryGain(shape, **factory)
             if base.free_keys and base.pass_dim:
@@ -179,7 +194,7 @@ class SharedProjection(SharedLayer):
         return heads.flatten(-2)
 
     def heads_seen(self, adapter_name: str, x: Tensor) -> list[Tensor]:
-        """(B, T, E) -> for each part the shared heads (B, T, G, W), or what they decode to (B, T, H, D)."""
+        """(B, T, E) -> for each part the shared heads (B, T, G, W), or one per query head (B, T, H, D or W)."""
         groups = len(self.layout(adapter_name).partition)
         shared = self.lora_kv[adapter_name](x).unflatten(-1, (len(self.parts), groups, -1))
         seen = []
@@ -188,9 +203,11 @@ class SharedProjection(SharedLayer):
             heads = shared.select(-3, index)
             if self.decodes and part == "value":
                 heads = self.decode_values(adapter_name, heads)
-            elif self.decodes and not self.family.key_norm:
-                # A norm over all shared keys must not see some of them several times: it decodes what it returns.
+            elif self.decodes:
                 heads = self.decode_keys(adapter_name, heads)
+            elif self.shows_heads and (part == "value" or self.shape.norm_span == "head"):
+                # A norm over the whole layer must not see some keys several times: it repeats what it returns.
+                heads = self.layout(adapter_name).to_query_heads(heads)
             seen.append(heads)
         return seen
 
@@ -205,14 +222,20 @@ class SharedProjection(SharedLayer):
         return torch.cat((rotary, rest), dim=-1)
 
     def fit_queries(self, adapter_name: str, query: Tensor) -> Tensor:
-        """Query heads (B, T, H, D) -> fitted to shared heads, in slots (B, T, G p, W)."""
+        """Query heads (B, T, H, D) -> fitted to shared heads, in slots (B, T, G p, W) or one by one (B, T, H, W)."""
         layout = self.layout(adapter_name)
+        if adapter_name in self.lora_query_scale:
+            query = self.lora_query_scale[adapter_name](query)
         rotary, rest = query.split([self.shape.rotary_dim, self.shape.pass_dim], dim=-1)
         if adapter_name in self.lora_query_gain:
             rotary = self.lora_query_gain[adapter_name].fit_query(rotary, layout)
         if adapter_name in self.lora_query_mix:
             rest = self.lora_query_mix[adapter_name](rest)
-        return layout.scatter(torch.cat((rotary, rest), dim=-1))
+        fitted = torch.cat((rotary, rest), dim=-1)
+        if self.shows_heads or self.shape.norm_span == "layer":
+            # A norm over the whole layer must see each head once: it scatters what it returns.
+            return fitted
+        return layout.scatter(fitted)
 
     def decode_values(self, adapter_name: str, shared: Tensor) -> Tensor:
         """Shared values (B, T, G, W) -> each query head's own, (B, T, H, D)."""
@@ -223,8 +246,8 @@ class SharedProjection(SharedLayer):
             return self.lora_value_mix[adapter_name](heads)
         return heads
 
-    def scatter_queries(self, module: nn.Module, args: tuple, query: Tensor) -> Tensor | None:
-        """Forward hook of the query's source: heads (B, T, H D) -> fitted slots (B, T, G p W)."""
+    def fit_projected_queries(self, module: nn.Module, args: tuple, query: Tensor) -> Tensor | None:
+        """Forward hook of q_proj: heads (B, T, H D) -> what `fit_queries` makes of them, (B, T, heads W)."""
         name = self.active()
         if name is None or self.decodes:
             return None
@@ -236,7 +259,9 @@ class SharedProjection(SharedLayer):
         if name is None or self.decodes:
             return None
         layout = self.layout(name)
-        heads = layout.gather(args[0].unflatten(-1, (-1, layout.shape.head_dim)))
+        heads = args[0].unflatten(-1, (-1, layout.shape.head_dim))
+        if not self.shows_heads:
+            heads = layout.gather(heads)
         return (self._mixed(name, heads).flatten(-2), *args[1:])
 
     def set_geometry(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -247,11 +272,14 @@ class SharedProjection(SharedLayer):
         shape, name = self.shape, self.active()
         if name is None:
             geometry = Geometry.of_base(shape)
-        elif self.decodes:
-            geometry = Geometry(shape.num_attention_heads, shape.num_attention_heads, shape.head_dim, shape.rotary_dim)
         else:
             slots, shared = self.layout(name).slots, self.layout(name).shape
-            geometry = Geometry(slots.num_slots, slots.kv_heads, shared.head_dim, shared.rotary_dim)
+            heads, kv_heads = slots.num_slots, slots.kv_heads
+            if self.shows_heads:
+                heads = kv_heads = shape.num_attention_heads
+            if self.decodes:
+                shared = shape
+            geometry = Geometry(heads, kv_heads, shared.head_dim, shared.rotary_dim)
         write_geometry(attention, self.family, geometry)
         if geometry.rotary_dim == shape.rotary_dim:
             return None
@@ -290,29 +318,66 @@ class SharedQKV(SharedProjection):
         return self.family.join_fused(query, *self.heads_seen(name, x), heads_axis).flatten(-2)
 
 
-class SharedKeyNorm(SharedLayer):
-    """A key norm over G shared heads, in place of one that spans the base's K heads (OLMo-2)."""
+class SharedNorm(SharedLayer):
+    """A norm of shared heads in place of the base's: over the W dimensions of one, or over all of the layer."""
 
     adapter_layer_names = ("lora_norm",)
 
     def update_layer(self, adapter_name: str, partition: Partition, shape: SharedShape, declared: bool) -> None:
         """Add an adapter; its scale is still to be written."""
-        norm = copy.deepcopy(self.get_base_layer())
-        rows = len(partition) * shape.head_dim
+        norm, rows = copy.deepcopy(self.get_base_layer()), shape.head_dim
+        if self.shape.norm_span == "layer":
+            rows *= self.heads_spanned(partition)
         norm.weight = nn.Parameter(torch.empty(rows, device=self._device(), dtype=self._dtype()))
         self.lora_norm[adapter_name] = norm
         self.set_adapter(self.active_adapters)
 
-    def forward(self, keys: Tensor) -> Tensor:
-        """(B, T, K D) under the base, (B, T, G W) under an adapter -> what the attention sees."""
+    def heads_spanned(self, partition: Partition) -> int:
+        """How many heads a norm over the layer takes together."""
+        raise NotImplementedError
+
+    def arranged(self, adapter_name: str, heads: Tensor) -> Tensor:
+        """Normed heads (B, T, heads, W) of the whole layer -> those that the attention sees."""
+        raise NotImplementedError
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """(..., D) or (B, T, heads D) under the base, W for D under an adapter -> normed."""
         name = self.active()
         if name is None:
-            return self.base_layer(keys)
-        keys = self.lora_norm[name](keys).to(keys.dtype)
-        if not self.decodes:
-            return keys
-        shared = keys.unflatten(-1, (len(self.layout(name).partition), -1))
-        return self.keys.decode_keys(name, shared).flatten(-2)
+            return self.base_layer(heads)
+        normed = self.lora_norm[name](heads).to(heads.dtype)
+        if self.shape.norm_span == "layer":
+            width = self.layout(name).shape.head_dim
+            normed = self.arranged(name, normed.unflatten(-1, (-1, width))).flatten(-2)
+        return normed
+
+
+class SharedKeyNorm(SharedNorm):
+    """The norm of shared keys."""
+
+    def heads_spanned(self, partition: Partition) -> int:
+        """G."""
+        return len(partition)
+
+    def arranged(self, adapter_name: str, heads: Tensor) -> Tensor:
+        """(B, T, G, W) -> the same, or one per query head."""
+        if self.shows_heads:
+            return self.layout(adapter_name).to_query_heads(heads)
+        return heads
+
+
+class SharedQueryNorm(SharedNorm):
+    """The norm of queries that are fitted to shared keys."""
+
+    def heads_spanned(self, partition: Partition) -> int:
+        """H: empty slots would change the mean square."""
+        return self.shape.num_attention_heads
+
+    def arranged(self, adapter_name: str, heads: Tensor) -> Tensor:
+        """(B, T, H, W) -> the same, or slots (B, T, G p, W)."""
+        if self.shows_heads:
+            return heads
+        return self.layout(adapter_name).scatter(heads)
 
 
 @dataclass(frozen=True)

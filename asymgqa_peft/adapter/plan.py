@@ -231,7 +231,7 @@ class _Planner:
         None for equal groups, which have no padding to save; where all have as many K/V heads as the base; and where
         the keys' norm spans all stored heads: a head stored twice would count twice in it.
         """
-        if self.are_equal or self.family.key_norm:
+        if self.are_equal or self.family.norm_span == "layer":
             return None
         candidates = []
         for slots in range(1, self.largest):

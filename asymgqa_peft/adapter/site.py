@@ -24,13 +24,14 @@ from .layer import (
     SharedLayer,
     SharedProjection,
     SharedQKV,
+    SharedQueryNorm,
     SharedValue,
     base_weight,
     write_geometry,
 )
 from .slots import HeadLayout
 
-FITS = ("query_gain", "query_mix", "value_mix")
+FITS = ("query_scale", "query_gain", "query_mix", "value_mix")
 """What fits query heads to shared ones: fields of `SharedHeads`, and with "lora_" before them of the layers."""
 
 
@@ -54,14 +55,9 @@ class AttentionSite:
     # ---- its modules ----
 
     @property
-    def query_source(self) -> nn.Module:
-        """Module whose output is the attention's query: a norm over all heads, or the projection."""
-        return getattr(self.attention, self.family.query_source)
-
-    @property
-    def key_source(self) -> nn.Module:
-        """Module whose output is the attention's keys: a norm over all heads, or the projection."""
-        return self.key_norm or self.key
+    def query(self) -> nn.Module:
+        """Module that makes the queries, LoRA-wrapped or not; the fused projection where there is one."""
+        return getattr(self.attention, self.family.fused_qkv or self.family.query)
 
     @property
     def key(self) -> nn.Module:
@@ -80,13 +76,19 @@ class AttentionSite:
 
     @property
     def query_norm(self) -> nn.Module | None:
-        """Norm that spans all queries, or None."""
+        """Norm of the queries, or None: a `SharedQueryNorm` once wrapped."""
         return getattr(self.attention, self.family.query_norm) if self.family.query_norm else None
 
     @property
     def key_norm(self) -> nn.Module | None:
-        """Norm that spans all keys, or None: a `SharedKeyNorm` once wrapped."""
+        """Norm of the keys, or None: a `SharedKeyNorm` once wrapped."""
         return getattr(self.attention, self.family.key_norm) if self.family.key_norm else None
+
+    def norms(self) -> dict[str, nn.Module]:
+        """The norms of queries and keys by their fields of `SharedHeads`; empty where there are none."""
+        if self.family.norm_span is None:
+            return {}
+        return {"query_norm": self.query_norm, "key_norm": self.key_norm}
 
     @property
     def is_fused(self) -> bool:
@@ -96,7 +98,7 @@ class AttentionSite:
     @property
     def shared_names(self) -> tuple[str, ...]:
         """Full names of the modules that become shared."""
-        names = (*self.family.shared_names, self.family.key_norm)
+        names = (*self.family.shared_names, self.family.key_norm, self.family.query_norm)
         return tuple(f"{self.name}.{name}" for name in names if name)
 
     def shared_layers(self) -> list[SharedProjection]:
@@ -122,29 +124,47 @@ class AttentionSite:
                 parts[name] = base_weight(linear)
                 if linear.bias is not None:
                     parts[name + "_bias"] = linear.bias.detach()
-        if self.key_norm is not None:
-            parts["key_norm"] = base_layer(self.key_norm).weight.detach()
+        for name, norm in self.norms().items():
+            parts[name] = base_layer(norm).weight.detach() + self.family.norm_offset
         return AttentionWeights(**parts, output=base_weight(base_layer(self.output)))
 
-    def heads_of_outputs(self, outputs: dict[str, Tensor]) -> list[Tensor]:
-        """Queries (B, T, H D), keys and values (B, T, K D), from what the modules of `sources` returned."""
-        if not self.is_fused:
-            return [outputs["query"], outputs["key"], outputs["value"]]
-        fused = outputs["qkv"].unflatten(-1, (-1, self.shape.head_dim))
-        return [part.flatten(-2) for part in self.family.split_fused(fused, self.shape, fused.dim() - 2)]
-
     def sources(self) -> dict[str, nn.Module]:
-        """Modules whose outputs are queries, keys and values before RoPE."""
+        """Modules whose outputs are queries, keys and values before norms and RoPE."""
         if self.is_fused:
             return {"qkv": self.key}
-        return {"query": self.query_source, "key": self.key_source, "value": self.value}
+        return {"query": self.query, "key": self.key, "value": self.value}
+
+    def heads_of_outputs(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `LayerStatistics.update` takes, from what the modules of `sources` returned."""
+        if self.is_fused:
+            fused = outputs["qkv"].unflatten(-1, (-1, self.shape.head_dim))
+            parts = self.family.split_fused(fused, self.shape, fused.dim() - 2)
+            return dict(zip(("query", "key", "value"), (part.flatten(-2) for part in parts), strict=True))
+        heads = dict(outputs)
+        if self.family.norm_span is not None:
+            heads |= {"query_before_norm": outputs["query"], "key_before_norm": outputs["key"]}
+            heads["query"] = self._normed(self.query_norm, outputs["query"])
+            heads["key"] = self._normed(self.key_norm, outputs["key"])
+        return heads
+
+    def _normed(self, norm: nn.Module, rows: Tensor) -> Tensor:
+        """Queries (B, T, H D) or keys (B, T, K D) through the base's norm."""
+        norm = base_layer(norm)
+        if self.family.norm_span == "layer":
+            return norm(rows)
+        return norm(rows.unflatten(-1, (-1, self.shape.head_dim))).flatten(-2)
 
     # ---- the adapter ----
 
     def wrapped(self, name: str) -> SharedLayer:
         """A new tuner layer around the module of that name, one of `shared_names`."""
         family, attribute = self.family, name.rpartition(".")[2]
-        layer_classes = {family.key_norm: SharedKeyNorm, family.key: SharedKey, family.value: SharedValue}
+        layer_classes = {
+            family.key_norm: SharedKeyNorm,
+            family.query_norm: SharedQueryNorm,
+            family.key: SharedKey,
+            family.value: SharedValue,
+        }
         layer_class = layer_classes.get(attribute, SharedQKV)
         return layer_class(getattr(self.attention, attribute), self.shape, family)
 
@@ -154,9 +174,9 @@ class AttentionSite:
         self.attention.register_forward_pre_hook(self.key.set_geometry, with_kwargs=True)
         if not self.is_fused:
             self.value.follow(self.key)
-            self.query_source.register_forward_hook(self.key.scatter_queries)
-        if self.key_norm is not None:
-            self.key_norm.follow(self.key)
+            self.query.register_forward_hook(self.key.fit_projected_queries)
+        for norm in self.norms().values():
+            norm.follow(self.key)
         self.output.register_forward_pre_hook(self.value.gather_heads)
 
     def restore_geometry(self) -> None:
@@ -198,7 +218,8 @@ class AttentionSite:
                 modules = getattr(layer, f"lora_{name}")
                 if adapter_name in modules:
                     fits[name] = modules[adapter_name]
-        key_norm = None if self.key_norm is None else self.key_norm.lora_norm[adapter_name]
+        norms = {name: norm.lora_norm[adapter_name] for name, norm in self.norms().items()}
+        offset, spans_layer = self.family.norm_offset, self.family.norm_span == "layer"
 
         @torch.no_grad()
         def read() -> SharedHeads:
@@ -211,8 +232,12 @@ class AttentionSite:
                             tensors[part + suffix] = each
             for name, fit in fits.items():
                 tensors[name] = fit.read(layout)
-            if key_norm is not None:
-                tensors["key_norm"] = key_norm.weight.detach().unflatten(0, (len(layout.partition), -1))
+            for name, norm in norms.items():
+                # (W,), or (heads, W) where one norm spans the layer.
+                scale = norm.weight.detach() + offset
+                if spans_layer:
+                    scale = scale.unflatten(0, (-1, layout.shape.head_dim))
+                tensors[name] = scale
             return SharedHeads(layout.partition, layout.shape, **tensors)
 
         return read
@@ -231,8 +256,8 @@ class AttentionSite:
                 modules = getattr(layer, f"lora_{name}")
                 if adapter_name in modules:
                     modules[adapter_name].write(getattr(heads, name), layout)
-        if heads.key_norm is not None:
-            self.key_norm.lora_norm[adapter_name].weight.copy_(heads.key_norm.flatten())
+        for name, norm in self.norms().items():
+            norm.lora_norm[adapter_name].weight.copy_(getattr(heads, name).flatten() - self.family.norm_offset)
 
     @torch.no_grad()
     def compose_value_mix(self, adapter_name: str, mix: Tensor) -> None:

@@ -218,6 +218,29 @@ class RotaryGain(nn.Module):
         return torch.cat(turned, dim=-1)
 
 
+class HeadScale(nn.Module):
+    """A factor for each dimension of each query head; `weight` (H, D) holds its deviation from 1."""
+
+    def __init__(self, shape: SharedShape, **factory) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape.base.num_attention_heads, shape.base.head_dim, **factory))
+
+    def read(self, layout: HeadLayout) -> Tensor:
+        """The factors (H, D), float64."""
+        return 1.0 + self.weight.detach().double()
+
+    def write(self, scale: Tensor | None, layout: HeadLayout) -> None:
+        """Make these the factors; None is ones."""
+        if scale is None:
+            self.weight.zero_()
+        else:
+            self.weight.copy_(scale - 1.0)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """(B, T, H, D) -> the same, scaled."""
+        return heads + heads * self.weight.to(heads.dtype)
+
+
 class HeadMix(nn.Module):
     """A matrix for each query head; `weight` (H, M, N) holds its deviation from the identity's first M rows."""
 

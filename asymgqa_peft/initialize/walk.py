@@ -188,7 +188,7 @@ class Walk:
                 if record.keys() != sources.keys():
                     # `recording` says which never ran.
                     break
-                statistics.update(*site.heads_of_outputs(record), mask=self.streams.masks[batch])
+                statistics.update(**site.heads_of_outputs(record), mask=self.streams.masks[batch])
         statistics.reduce()
         return statistics.moments(weights.output).to("cpu")
 

@@ -13,6 +13,7 @@ from ..heads import AttentionWeights, HeadShape, SharedHeads, SharedShape, join_
 from .aligned import Aligned
 from .maps import Maps, MergeRule
 from .mean import Mean
+from .norms import fold_scales, through_norms
 from .principal import Principal
 from .statistics import LayerMoments
 from .threads import map_in_threads
@@ -25,8 +26,8 @@ def merge_layer(
 ) -> SharedHeads:
     """Merge one layer's K and V by ``partition``.
 
-    Where a norm or clamp pins the heads' basis (``free_keys`` or ``free_values`` of the base's shape is False) the
-    mean is taken, whatever ``merge``; `merge_notes` says so. ``moments`` may be None for the mean.
+    Where a clamp pins the heads' basis (``free_keys`` or ``free_values`` of the base's shape is False) the mean is
+    taken, whatever ``merge``; `merge_notes` says so. ``moments`` may be None for the mean.
 
     Returns:
         Shared heads: in float64 what statistics decide, and as `mean_heads` gives them the means.
@@ -39,6 +40,10 @@ def merge_layer(
     if moments is None and (key_rule.needs_data or value_rule.needs_data):
         raise ValueError(f"merge={merge!r} needs calibration statistics: give moments, or use merge='mean'.")
     heads = mean_heads(weights, partition, shape)
+    untouched = shape.head_dim == shape.base.head_dim and len(partition) == shape.base.base_kv_heads
+    if shape.base.norm_span is not None and untouched:
+        # Lone heads lose nothing as they are, and folded scales would change their norms' divisors.
+        key_rule = MERGES["mean"]
     if key_rule.needs_data:
         heads = _with_keys(heads, key_rule, moments, weights)
     if value_rule.needs_data:
@@ -60,7 +65,7 @@ def merge_notes(shape: HeadShape, merge: Merge) -> list[str]:
     """What `merge_layer` cannot do for heads of this shape, in sentences."""
     notes = []
     if merge != "mean" and not shape.free_keys:
-        notes.append("keys are merged by their mean: a norm or clamp after the projection fixes their basis.")
+        notes.append("keys are merged by their mean: a clamp after the projection fixes their basis.")
     if merge != "mean" and not shape.free_values:
         notes.append("values are merged by their mean: a clamp after the projection fixes their basis.")
     return notes
@@ -70,6 +75,10 @@ def _with_keys(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, weigh
     """The heads with keys, query gains and query mixes by the rule."""
     shape, base = heads.shape, heads.shape.base
     key = _rows_of_heads(weights.key, weights.key_bias, base)
+    folded = None
+    if base.norm_span is not None:
+        folded = fold_scales(moments, weights)
+        key = key * folded.key_rows[..., None]
     query_gain = key.new_ones(base.num_attention_heads, len(shape.frequencies), dtype=torch.complex128)
     query_mix = key.new_zeros(base.num_attention_heads, shape.pass_dim, base.pass_dim)
 
@@ -81,8 +90,9 @@ def _with_keys(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, weigh
         passing = rule.vector_maps(*moments.pass_blocks(members), shape.pass_sources)
         return rotary, _of_one_group(passing, key.device)
 
-    rows = []
+    rows, rotary_maps = [], []
     for group, (rotary, passing) in zip(heads.partition, map_in_threads(maps, heads.partition), strict=True):
+        rotary_maps.append(rotary)
         queries, members = query_heads(group, base.queries_per_kv), key[list(group)]
         encode, decode = rotary
         real, imaginary = members[:, list(shape.rotary_sources)].chunk(2, dim=1)
@@ -98,13 +108,16 @@ def _with_keys(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, weigh
             query_mix[queries] = mix.repeat_interleave(base.queries_per_kv, 0)
         rows.append(torch.cat(shared))
     weight, bias = split_bias(torch.stack(rows), weights.key_bias)
-    return replace(
+    heads = replace(
         heads,
         key=weight,
         key_bias=bias,
         query_gain=query_gain if base.rotary_dim else None,
         query_mix=query_mix if base.pass_dim else None,
     )
+    if folded is None:
+        return heads
+    return through_norms(heads, rotary_maps, moments, folded)
 
 
 def _with_values(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, weights: AttentionWeights) -> SharedHeads:

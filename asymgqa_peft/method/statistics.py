@@ -37,7 +37,9 @@ class LayerMoments:
         value_cov: (K D, K D) blocks S_k E[v_k v_l^T] S_l of the values. Not of the attention outputs: heads of equal
             values would look different by their patterns. Not centred: nothing downstream absorbs a constant.
         value_root: (K, D, D) symmetric S_k with S_k S_k = sum over the query heads h of k of W_o,h^T W_o,h.
-        key_cosine, value_cosine: (K, K) mean over tokens of the cosine between two heads' k_proj / v_proj outputs.
+        key_cosine, value_cosine: (K, K) mean over tokens of the cosine between two heads' keys or values.
+        query_energy: (H, F) E|q_j|^2 of each query head.
+        query_power, key_power: (H, F) and (K, F) the same of queries and keys before their norms; None without norms.
     """
 
     shape: HeadShape
@@ -50,6 +52,9 @@ class LayerMoments:
     value_root: Tensor
     key_cosine: Tensor
     value_cosine: Tensor
+    query_energy: Tensor
+    query_power: Tensor | None = None
+    key_power: Tensor | None = None
 
     @property
     def key_energy(self) -> Tensor:
@@ -107,7 +112,8 @@ class LayerStatistics:
 
     Attributes:
         token_count: (1,) tokens that counted.
-        query_energy: (F, K) sum of |q_f|^2 over tokens and over the query heads of each KV head.
+        query_energy: (H, F) sum of |q_f|^2 over tokens.
+        query_power, key_power: (H, F) and (K, F) the same before the norms; None without norms.
         query_pass: (K, P, P) sum of q q^T of the pass-through queries, over the query heads of each KV head.
         key_gram: (F, K, K) complex, sum of kappa_k conj(kappa_l) of the complex keys.
         key_pass, key_pass_sum: (K P, K P) sum of outer products of the pass-through keys, and (K P,) their sum.
@@ -120,7 +126,11 @@ class LayerStatistics:
         heads, frequencies, passing = shape.base_kv_heads, shape.rotary_dim // 2, shape.pass_dim
         real = {"dtype": torch.float64, "device": device}
         self.token_count = torch.zeros(1, **real)
-        self.query_energy = torch.zeros(frequencies, heads, **real)
+        self.query_energy = torch.zeros(shape.num_attention_heads, frequencies, **real)
+        self.query_power = self.key_power = None
+        if shape.norm_span is not None:
+            self.query_power = torch.zeros(shape.num_attention_heads, frequencies, **real)
+            self.key_power = torch.zeros(heads, frequencies, **real)
         self.query_pass = torch.zeros(heads, passing, passing, **real)
         self.key_gram = torch.zeros(frequencies, heads, heads, dtype=torch.complex128, device=device)
         self.key_pass = torch.zeros(heads * passing, heads * passing, **real)
@@ -134,14 +144,23 @@ class LayerStatistics:
         """Tokens seen so far, on this rank until ``reduce``."""
         return int(self.token_count.item())
 
-    def update(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
+    def update(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        query_before_norm: Tensor | None = None,
+        key_before_norm: Tensor | None = None,
+    ) -> None:
         """Add one batch.
 
         Args:
-            query: (B, T, H D), queries before RoPE.
-            key: (B, T, K D), keys before RoPE.
+            query: (B, T, H D), queries before RoPE, behind their norm if they have one.
+            key: (B, T, K D), keys before RoPE, likewise.
             value: (B, T, K D).
             mask: (B, T), nonzero at tokens that count; None counts all.
+            query_before_norm, key_before_norm: as query and key, what a norm gets; needed where there are norms.
         """
         shape, device = self.shape, self.token_count.device
         query = tokens_that_count(query, mask).to(device)
@@ -149,20 +168,23 @@ class LayerStatistics:
         value = tokens_that_count(value, mask).to(device)
         self.token_count += len(key)
         self.value_outer += outer_sum(value, value)
+        if shape.norm_span is not None:
+            self.query_power += self._pair_energy(tokens_that_count(query_before_norm, mask).to(device))
+            self.key_power += self._pair_energy(tokens_that_count(key_before_norm, mask).to(device))
+        self.query_energy += self._pair_energy(query)
         # From here on by head: (N, H, D) and (N, K, D).
         query = query.unflatten(-1, (shape.num_attention_heads, shape.head_dim))
         key = key.unflatten(-1, (shape.base_kv_heads, shape.head_dim))
         value = value.unflatten(-1, (shape.base_kv_heads, shape.head_dim))
-        self._add_rotary(query[..., : shape.rotary_dim], key[..., : shape.rotary_dim])
+        self.key_gram += _complex_gram(key[..., : shape.rotary_dim])
         self._add_pass(query[..., shape.rotary_dim :], key[..., shape.rotary_dim :])
         self.key_cosine += _cosine_sum(key)
         self.value_cosine += _cosine_sum(value)
 
-    def _add_rotary(self, query: Tensor, key: Tensor) -> None:  # (N, H, R), (N, K, R)
-        energy = torch.linalg.vector_norm(query, dim=0, dtype=product_dtype(query)).square()
-        per_pair = energy.unflatten(-1, (2, -1)).sum(1)
-        self.query_energy += per_pair.unflatten(0, (self.shape.base_kv_heads, -1)).sum(1).T
-        self.key_gram += _complex_gram(key)
+    def _pair_energy(self, rows: Tensor) -> Tensor:  # (N, heads D) -> (heads, F)
+        rotary = rows.unflatten(-1, (-1, self.shape.head_dim))[..., : self.shape.rotary_dim]
+        energy = torch.linalg.vector_norm(rotary, dim=0, dtype=product_dtype(rows)).square()
+        return energy.unflatten(-1, (2, -1)).sum(1)
 
     def _add_pass(self, query: Tensor, key: Tensor) -> None:  # (N, H, P), (N, K, P)
         kv_heads, queries = self.shape.base_kv_heads, self.shape.queries_per_kv
@@ -194,7 +216,9 @@ class LayerStatistics:
         if not_finite:
             raise ValueError(f"NaN or inf in the activations (seen in {', '.join(not_finite)}): check the model.")
         count = self.token_count
-        key_root = _floored(self.query_energy / count).sqrt()
+        query_energy = self.query_energy / count
+        per_kv_head = query_energy.unflatten(0, (self.shape.base_kv_heads, -1)).sum(1).T
+        key_root = _floored(per_kv_head).sqrt()
         pass_mean = self.key_pass_sum / count
         pass_root = metric_root(self.query_pass / count)
         value_root = metric_root(output_metric(output_weight.to(count), self.shape))
@@ -209,6 +233,9 @@ class LayerStatistics:
             value_root=value_root,
             key_cosine=self.key_cosine / count,
             value_cosine=self.value_cosine / count,
+            query_energy=query_energy,
+            query_power=None if self.query_power is None else self.query_power / count,
+            key_power=None if self.key_power is None else self.key_power / count,
         )
 
 

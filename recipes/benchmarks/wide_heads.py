@@ -97,15 +97,15 @@ def training_order(count: int, needed: int, seed: int) -> torch.Tensor:
 
 
 class Stack:
-    """The decoder layers of a Llama or Mistral, called one by one.
+    """The decoder layers of a Llama or a model of like layers, called one by one.
 
     The model's own forward would build a causal mask while a CUDA graph is captured, and lose flash attention.
     """
 
     def __init__(self, model: torch.nn.Module, block_size: int) -> None:
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if causal.config.model_type not in ("llama", "mistral"):
-            raise SystemExit(f"{causal.config.model_type}: this script calls the layers of Llama and Mistral only")
+        if causal.config.model_type not in ("llama", "mistral", "qwen3", "olmo2"):
+            raise SystemExit(f"{causal.config.model_type}: this script calls layers like Llama's only")
         self.inner = causal.model
         self.head = causal.get_output_embeddings().weight
         self.positions = torch.arange(block_size, device=self.head.device)[None]
