@@ -208,7 +208,7 @@ def test_an_adapter_that_nobody_could_load_is_told_before_anything_is_loaded(tmp
 )
 def test_an_unreadable_file_is_told_before_anything_is_loaded(name, message, tmp_path, monkeypatch):
     (tmp_path / "book.md").write_text("Text.")
-    monkeypatch.setattr(recover.AutoTokenizer, "from_pretrained", lambda name: pytest.fail(f"{name} was loaded"))
+    monkeypatch.setattr(recover, "load_tokenizer", lambda name: pytest.fail(f"{name} was loaded"))
     with pytest.raises(SystemExit, match=f"dataset=.*{name}.*{message}"):
         recover.main(small(RECIPES / "tiny_model", tmp_path / name, tmp_path / "out"))
 
