@@ -184,6 +184,7 @@ def model_card(
         evaluation=markdown_table(evaluation) if evaluation else None,
         calibration_data=calibration_data,
         recovery_data=recovery_data,
+        caution=_caution(conversion),
         version=__version__,
     )
     return f"{card}\n"  # the one at the end of the template is not rendered
@@ -247,6 +248,14 @@ def _base_text(conversion: Conversion) -> str:
     if conversion.base_source:
         return f"`{Path(conversion.base_source).name}` (a local folder)"
     return f"a {conversion.base.model_type} model without a name"
+
+
+def _caution(conversion: Conversion) -> str | None:
+    """What who uses the merged model's class must know, where it is not the base's."""
+    stand_in = find_family(conversion.base).padded_as
+    if conversion.plain is None or stand_in is None or conversion.plain.model_type != stand_in.model_type:
+        return None
+    return stand_in.caution
 
 
 def _adapted_base(model: object) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
+from .adapter.layer import SharedLayer
 from .adapter.site import attention_sites, evaluating, unwrap
 from .batches import Batch, checked_batches
 from .families import head_shape
@@ -117,13 +118,16 @@ def kv_cache_bytes_per_token(config_or_model: PretrainedConfig | nn.Module, dtyp
     In each layer 2 * stored K/V heads * head dimension * bytes of a number: of a stock configuration its
     `num_key_value_heads * head_dim`, of a model what its layers store, with the adapter in effect if it is wrapped.
     """
-    if isinstance(config_or_model, PretrainedConfig):
-        shape = head_shape(config_or_model)
-        numbers = config_or_model.num_hidden_layers * shape.base_kv_heads * shape.head_dim
-    else:
+    config, modules = config_or_model, ()
+    if isinstance(config_or_model, nn.Module):
+        config, modules = config_or_model.config, config_or_model.modules()
+    if any(isinstance(module, SharedLayer) for module in modules):
         numbers = 0
         for site in attention_sites(config_or_model):
             numbers += math.prod(site.cached_heads())
+    else:
+        shape = head_shape(config)
+        numbers = config.num_hidden_layers * shape.base_kv_heads * shape.head_dim
     return 2 * numbers * dtype.itemsize
 
 

@@ -206,7 +206,10 @@ LONG = {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 8, **S
 STABLELM = {"use_qkv_bias": True, "partial_rotary_factor": 0.5, **SQUARE}
 OLMO2 = {"rms_norm_eps": 0.3, **BIAS}  # so large that a norm over padded slots with the wrong epsilon would show
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 64, "enable_bias": True, **SQUARE}
+BARE_OPT = {**OPT, "enable_bias": False, "layer_norm_elementwise_affine": False, "tie_word_embeddings": True}
 NEOX = {"rotary_pct": 0.5, "rotary_emb_base": 500.0, "attention_bias": True, **SQUARE}
+BARE_NEOX = {"attention_bias": False, "hidden_act": "gelu_new", "tie_word_embeddings": True}
+ONE_GROUP = [[[6, 1, 3, 0, 7, 5, 2, 4]], [[2, 7, 0, 5, 3, 6, 1, 4]]]
 TWO_TO_ONE = [[[6, 1, 3, 0], [5, 2], [4, 7]], [[2, 1], [7, 0, 5, 3], [6, 4]]]
 
 CASES: dict[str, Case] = {
@@ -269,7 +272,16 @@ CASES: dict[str, Case] = {
     "olmo2-wide": Case("olmo2", {**OLMO2, "rope_parameters": LLAMA3_ROPE}, head_dim=12),
     "olmo2-wide-gqa": _gqa("olmo2", OLMO2, head_dim=16),
     "opt": Case("opt", OPT, plain_heads=(8, 8)),
-    "gpt_neox": Case("gpt_neox", NEOX, plain_heads=(8, 8)),
+    "opt-single": Case("opt", OPT, groups=ONE_GROUP, plain_class="GPTBigCodeForCausalLM"),
+    "opt-bare": Case("opt", BARE_OPT, groups=ONE_GROUP, plain_class="GPTBigCodeForCausalLM"),
+    "gpt_neox": Case("gpt_neox", NEOX, plain_class="PhiForCausalLM"),
+    "gpt_neox-equal": Case("gpt_neox", NEOX | BARE_NEOX, groups=EQUAL_GROUPS, plain_class="PhiForCausalLM"),
+    "gpt_neox-single": Case("gpt_neox", NEOX, groups=SINGLE_GROUPS, plain_class="PhiForCausalLM"),
+    "gpt_neox-serial": Case("gpt_neox", NEOX | {"use_parallel_residual": False}, plain_heads=(8, 8)),
+    "gpt_neox-wide": Case("gpt_neox", NEOX, plain_class="PhiForCausalLM", head_dim=16),
+    "gpt_neox-wide-odd": Case(
+        "gpt_neox", NEOX | {"rope_parameters": dict(YARN_ROPE)}, plain_class="PhiForCausalLM", head_dim=12
+    ),
 }
 
 

@@ -22,7 +22,10 @@ def main(root: Path) -> None:
         options = {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
         model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
         model.eval()
-        output = model(**inputs, use_cache=True)
+        positions = {}
+        if config["model_type"] == "gpt_bigcode":  # learned positions, which its forward counts from the first column
+            positions["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        output = model(**inputs, **positions, use_cache=True)
         tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
         tensors[folder.name] = {"logits": output.logits, "tokens": tokens[:, -6:]}
         facts[folder.name] = {

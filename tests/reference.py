@@ -158,7 +158,9 @@ def _expand_wide(attention, config, state: dict, query, shared_key, shared_value
         key.append(_wide_query_matrix(state, h, dim, width=shared_key.shape[1], name=name).T @ shared_key[group])
         mix = torch.eye(dim, shared_value.shape[1]).double() + _one(state, f"lora_value_mix.{name}.weight")[h]
         value.append(mix @ shared_value[group])
-    if config.model_type in FUSED:
+    if config.model_type == "gpt_neox":
+        _write(attention.query_key_value, list(itertools.chain(*zip(query, key, value, strict=True))))
+    elif config.model_type in FUSED:
         _resize(attention.qkv_proj, 3 * heads * dim)
         _write(attention.qkv_proj, query + key + value)
         attention.num_key_value_heads = heads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from accelerate.utils import check_device_map
 from hypothesis import given
 from hypothesis import strategies as st
 from models import (
@@ -36,7 +39,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from asymgqa_peft import export_report
+from asymgqa_peft import AsymGQAConfig, export_report
+from asymgqa_peft.adapter import export
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token
 from asymgqa_peft.groups import default_max_group_size, slot_layout
 
@@ -144,8 +148,9 @@ def test_class_head_counts_and_cache(exported, name: str):
     assert it.facts["class"] == type(it.plain).__name__ == (case.plain_class or type(it.base).__name__)
     config = json.loads((it.folder / "config.json").read_text())
     heads, kv_heads = case.plain_counts
-    assert config["num_attention_heads"] == heads
-    assert config.get("num_key_value_heads", heads) == kv_heads
+    read = type(it.plain.config).from_pretrained(it.folder)
+    assert read.num_attention_heads == heads
+    assert getattr(read, "num_key_value_heads", heads) == kv_heads
     assert it.facts["heads"] == [kv_heads] * 2
     assert "auto_map" not in config and "quantization_config" not in config
     assert not list(it.folder.glob("*.py")) and not list(it.folder.glob("adapter*"))
@@ -181,7 +186,8 @@ def test_bf16_stays_bf16(exported, name: str):
 
 
 def test_tied_embeddings_stay_tied_and_others_untied(exported):
-    assert {name: it.facts["tied"] for name, it in exported.items()} == {n: n == "llama-equal" for n in exported}
+    tied = {name for name, it in exported.items() if it.facts["tied"]}
+    assert tied == {"llama-equal", "opt-bare", "gpt_neox-equal"}
     plain = exported["llama-equal"].plain
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
 
@@ -200,9 +206,10 @@ def test_rope_is_written_for_engines_of_transformers_4_too(exported, name: str):
     if case.head_dim is not None:  # a wide head's frequencies are written out; the logits prove them
         base = it.plain.config.rope_parameters
         assert base["rope_type"] == "longrope"
-        assert len(base["short_factor"]) == len(base["long_factor"]) >= len(it.base.config.rope_parameters)
+        pairs = it.plain.base_model.rotary_emb.inv_freq.numel()
+        assert len(base["short_factor"]) == len(base["long_factor"]) == pairs
     assert it.facts["rope_parameters"] == base
-    assert saved["rotary_emb_base" if case.model_type == "gpt_neox" else "rope_theta"] == base["rope_theta"]
+    assert saved["rotary_emb_base" if it.plain.config.model_type == "gpt_neox" else "rope_theta"] == base["rope_theta"]
     assert ("rope_scaling" in saved) == (base["rope_type"] != "default")
     del saved["rope_parameters"]
     assert type(it.plain.config).from_dict(saved).rope_parameters == base
@@ -228,6 +235,143 @@ def test_a_classifier_becomes_the_padded_class_of_its_kind():
     plain, _ = _merge(model)
     assert type(plain).__name__ == "MistralForSequenceClassification" and plain.config.num_labels == 3
     torch.testing.assert_close(plain(prompt()).logits, before, rtol=1e-4, atol=1e-5)
+
+
+TASKS = {
+    "gpt_neox": {"SequenceClassification": "Phi", "TokenClassification": "Phi", "QuestionAnswering": "GPTNeoX"},
+    "opt-single": {"SequenceClassification": "GPTBigCode", "QuestionAnswering": "OPT"},
+}
+
+
+@pytest.mark.parametrize(("name", "task"), [(name, task) for name, tasks in TASKS.items() for task in tasks])
+@torch.no_grad()
+def test_other_tasks_become_the_stand_in_where_it_has_them(name: str, task: str):
+    config = config_of(CASES[name])
+    base = getattr(transformers, f"AutoModelFor{task}").from_config(config)
+    model = wrap(base, CASES[name].groups, task_type=None)
+    before = model(prompt())[0]
+    plain, warned = _merge(model)
+    assert type(plain).__name__ == f"{TASKS[name][task]}For{task}"
+    assert [f"which has no For{task}" in text for text in warned] == [True] * (task == "QuestionAnswering")
+    torch.testing.assert_close(plain(prompt())[0], before, rtol=1e-4, atol=1e-5)
+
+
+STAY_MULTI_HEAD = {
+    "gpt_neox-serial": (MHA_GROUPS, "no stock class holds them but phi, .*use_parallel_residual=True"),
+    "opt": (MHA_GROUPS, "gpt_bigcode would hold num_key_value_heads=1"),
+    "opt-350m": (CASES["opt-single"].groups, "gpt_bigcode, .*do_layer_norm_before=True.*word_embed_proj_dim=64"),
+}
+OPT_350M = replace(CASES["opt-single"], overrides={**CASES["opt"].overrides, "word_embed_proj_dim": 32})
+
+
+@pytest.mark.parametrize("name", STAY_MULTI_HEAD)
+def test_a_checkpoint_that_stays_multi_head_says_why(name: str):
+    groups, reason = STAY_MULTI_HEAD[name]
+    base = random_model(config_of(OPT_350M)) if name == "opt-350m" else copy.deepcopy(stock(name))
+    model = wrap(base, groups)
+    before = model(prompt()).logits
+    plain, warned = _merge(model)
+    assert len(warned) == 1 and re.search(reason, warned[0])
+    assert type(plain) is type(base)
+    assert (plain(prompt()).logits - before).abs().max() < TOLERANCE * before.abs().max()
+
+
+def _with_large_norms(name: str):
+    """A case's base whose norms scale by about -3 to 3 and shift by as much."""
+    base, generator = copy.deepcopy(stock(name)), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for key, parameter in base.named_parameters():
+            if "norm" in key:
+                parameter.copy_(1.5 * torch.randn(parameter.shape, generator=generator))
+    return base
+
+
+LINEAR = ["dense", "dense_h_to_4h", "dense_4h_to_h"]
+TRAINED_WHOLE = ["input_layernorm", "post_attention_layernorm", "final_layer_norm", "lm_head"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"target_modules": LINEAR}, {"modules_to_save": TRAINED_WHOLE}])
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox-equal", "gpt_neox-wide"])
+@torch.no_grad()
+def test_norms_are_folded_whatever_their_scale_and_whatever_is_trained(name: str, fields: dict):
+    case = CASES[name]
+    model = wrap(_with_large_norms(name), case.groups, head_dim=case.head_dim, **fields)
+    inputs = left_padded()
+    expected = model(**inputs).logits
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    plain, _ = _merge(model)
+    assert type(plain).__name__ == "PhiForCausalLM"
+    for layer in plain.model.layers:
+        assert (layer.input_layernorm.weight == 1).all() and not layer.input_layernorm.bias.any()
+    assert not plain.lm_head.bias.any()
+    found = plain(**inputs, use_cache=True)
+    mask = inputs["attention_mask"].bool()
+    assert (found.logits - expected)[mask].abs().max() < TOLERANCE * expected[mask].abs().max()
+    assert torch.equal(plain.generate(**inputs, max_new_tokens=6, do_sample=False), tokens)
+    heads = {layer.keys.shape[1:4:2] for layer in found.past_key_values.layers}
+    assert heads == {(case.num_groups, case.head_dim or 8)}
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt_neox-equal"])
+@torch.no_grad()
+def test_with_all_of_its_heads_gpt_neox_is_a_phi(name: str):
+    base = _with_large_norms(name)
+    config = AsymGQAConfig(num_key_value_heads=HEADS, grouping="neighbour", merge="mean", task_type="CAUSAL_LM")
+    plain, warned = _merge(get_peft_model(copy.deepcopy(base), config))
+    assert type(plain).__name__ == "PhiForCausalLM" and plain.config.num_key_value_heads == HEADS and not warned
+    expected = base(prompt()).logits
+    assert (plain(prompt()).logits - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+@torch.no_grad()
+def test_a_head_trained_in_fp32_over_a_bf16_base():
+    model = wrap(copy.deepcopy(stock("gpt_neox")).bfloat16(), MHA_GROUPS, modules_to_save=["lm_head"])
+    model.base_model.model.lm_head.float()
+    plain, _ = _merge(model)
+    assert {plain.lm_head.weight.dtype, plain.lm_head.bias.dtype} == {torch.float32}
+    assert plain.model.layers[0].self_attn.dense.bias.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_folding_in_bf16_costs_no_more_than_bf16_does():
+    base = _with_large_norms("gpt_neox").bfloat16()
+    model = wrap(base, MHA_GROUPS)
+    exact = copy.deepcopy(model).double()(prompt()).logits
+    own = (model(prompt()).logits - exact).abs().max()
+    plain, _ = _merge(model)
+    assert plain.dtype == torch.bfloat16 and {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    assert (plain(prompt()).logits - exact).abs().max() < 2 * own < 0.1 * exact.abs().max()
+
+
+def test_a_model_on_several_devices_stays_there_under_its_new_names(monkeypatch):
+    base, maps = copy.deepcopy(stock("gpt_neox")), []
+    places = ["embed_in", "emb_dropout", "layers.0", "layers.1", "final_layer_norm", "rotary_emb"]
+    base.hf_device_map = {f"gpt_neox.{place}": 0 for place in places} | {"lm_head": 0, "gpt_neox.layers.1": 1}
+    monkeypatch.setattr(export, "dispatch_model", lambda plain, device_map: maps.append(device_map) or plain)
+    plain, _ = _merge(wrap(base, MHA_GROUPS))
+    (device_map,) = maps
+    assert [name for name, device in device_map.items() if device == 1] == ["model.layers.1"]
+    check_device_map(plain, device_map)  # raises where a parameter has no place
+    for name in device_map:
+        plain.get_submodule(name)
+
+
+def test_positions_that_padding_counts_for_are_warned_about():
+    """GPTBigCode's forward counts positions from the first column, OPT's from the first real token."""
+    inputs, model = left_padded(), adapted("opt-single")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        with pytest.warns(
+            UserWarning, match="GPTBigCodeForCausalLM counts positions .* give its forward position_ids"
+        ):
+            plain = model.merge_and_unload()
+        mask = inputs["attention_mask"].bool()
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        given, counted = plain(**inputs, position_ids=positions).logits, plain(**inputs).logits
+    bound = TOLERANCE * expected[mask].abs().max()
+    assert (given - expected)[mask].abs().max() < bound < (counted - expected)[mask].abs().max()
+    assert torch.equal(plain.generate(**inputs, max_new_tokens=6, do_sample=False), tokens)
 
 
 REFUSED = {  # why: hidden_size 64 is no multiple of 3 p, Mistral has no biases; longrope's factors count head dims
@@ -319,6 +463,7 @@ DUPLICATED = {  # case: its groups, and slots and K/V heads for no cached token
     "gemma2": (LOPSIDED, (12, 4)),
     "phi": (LOPSIDED, (10, 5)),
     "phi3": (LOPSIDED, (10, 5)),
+    "gpt_neox": (LOPSIDED, (10, 5)),
 }
 
 
@@ -421,7 +566,10 @@ def test_report_and_options_refuse_what_they_cannot_tell():
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("duplicate", [False, True])
 @pytest.mark.parametrize("tokens", [None, 0, 1000])
-@pytest.mark.parametrize("name", ["llama", "llama-equal", "llama-gqa", "phi3", "olmo2", "opt", "a trained head"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "llama-equal", "llama-gqa", "phi3", "olmo2", "opt", "opt-single", "gpt_neox", "a trained head"],
+)
 def test_the_report_is_the_same_before_merging(name: str, tokens: int | None, duplicate: bool):
     if name == "a trained head":
         model = wrap(copy.deepcopy(stock("llama-equal")), EQUAL_GROUPS, modules_to_save=["lm_head"])
@@ -437,7 +585,7 @@ def test_the_report_is_the_same_before_merging(name: str, tokens: int | None, du
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
-@pytest.mark.parametrize("name", ["llama", "llama-equal", "llama-wide", "phi3-gqa", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "llama-equal", "llama-wide", "phi3-gqa", "gpt_neox", "opt-single"])
 @pytest.mark.filterwarnings("ignore:.*cannot express these groups")
 def test_prefill_operations_are_those_that_torch_counts(name: str, tokens: int):
     """Token by token, so that no operation is spent on a token that the causal mask hides."""

@@ -11,7 +11,14 @@ import torch
 from models import CACHE, CASES, VOCAB, adapted, config_of, left_padded, prompt, random_model, stock, wrap
 from peft import PeftModel
 from reference import dense_reference, greedy_alone, relative_error, rows_alone
-from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from asymgqa_peft.adapter.site import attention_sites
 from asymgqa_peft.families import FAMILIES
@@ -185,6 +192,12 @@ def test_unknown_architectures_are_refused_with_the_list_of_known_ones():
     bert = BertForMaskedLM(BertConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
     with pytest.raises(ValueError, match=r"model_type='bert' is not supported.*Supported: gemma, gemma2.*stablelm"):
         wrap(bert, [[[0, 1, 2, 3]]])
+
+
+def test_gpt2_is_refused_with_its_reason():
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4))
+    with pytest.raises(ValueError, match=r"model_type='gpt2' is not supported: Its projections are Conv1D.*Supported"):
+        wrap(gpt2, [[[0, 1, 2, 3]]])
 
 
 @pytest.mark.parametrize("model_type", ["phi", "stablelm"])

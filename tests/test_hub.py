@@ -14,7 +14,7 @@ import pytest
 import torch
 from hub_server import TOKEN, Hub, serving
 from huggingface_hub import ModelCard
-from models import BASES, GROUPS, adapter_config, tiny_llama, wrap
+from models import BASES, GROUPS, adapted, adapter_config, tiny_llama, wrap
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, load_file
 from tokenizers import Tokenizer
@@ -305,6 +305,30 @@ def test_adapter_card_states_the_groups_and_what_is_unknown(family):
     assert (shape.num_attention_heads, shape.base_kv_heads) == (layout.num_slots, layout.kv_heads)
     before, after = (kv_cache_bytes_per_token(counted, torch.float32) for counted in (conversion.base, model))
     assert f"| KV cache, bytes per token (float32) | {before:,} | {after:,} |" in text
+
+
+@pytest.mark.filterwarnings("ignore:GPTBigCodeForCausalLM counts positions")
+@pytest.mark.parametrize(
+    ("name", "plain_class", "heads", "width", "share", "caution"),
+    [
+        ("gpt_neox", "PhiForCausalLM", 3, 8, "38%", False),
+        ("gpt_neox-wide", "PhiForCausalLM", 3, 16, "75%", False),
+        ("opt-single", "GPTBigCodeForCausalLM", 1, 8, "12%", True),
+    ],
+)
+def test_the_card_of_another_class_states_what_that_caches(name, plain_class, heads, width, share, caution):
+    model = adapted(name)
+    text = model_card(Conversion.of(model), name="folder")
+    assert "| K/V heads per layer in the cache | 8 | 8 |" in text and "for a KV cache as large as before" in text
+    plain = model.merge_and_unload()
+    text = model_card(Conversion.of(plain), name="folder")
+    assert f"ForCausalLM | {plain_class} |" in text and f"for a KV cache of {share} of the base's" in text
+    assert (
+        f"| K/V heads per layer in the cache | 8 | {heads} |" in text and f"| head dimension | 8 | {width} |" in text
+    )
+    assert f"| {kv_cache_bytes_per_token(plain, torch.float32):,} |" in text
+    assert kv_cache_bytes_per_token(plain, torch.float32) == 2 * 2 * heads * width * 4
+    assert (f"{plain_class} counts positions from the first column" in text) == caution
 
 
 def test_the_card_of_wide_heads_warns_of_other_converters():

@@ -2,6 +2,9 @@
 
 The model is exactly representable with G heads, but no two heads look alike: keys differ by a random complex number
 per rotary frequency (an invertible matrix where RoPE does not reach), values by a random invertible matrix.
+
+Behind norms, whose scales differ between frequencies by a factor of ten: where a norm spans a head, keys differ by a
+rotation per frequency, which is what its divisor does not see; where it spans the layer, by any complex number.
 """
 
 import pytest
@@ -24,6 +27,11 @@ PLANTED = {
     "phi": MHA,
     "stablelm": MHA,
     "opt": MHA,
+    "qwen3": MHA,
+    "qwen3-gqa": GQA,
+    "gemma3": MHA,
+    "olmo2": MHA,
+    "olmo2-gqa": GQA,
 }
 
 
@@ -32,6 +40,8 @@ def plant(model: nn.Module, planted: list, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     family, shape = find_family(model.config), head_shape(model.config)
     for site, groups in zip(attention_sites(model), planted, strict=True):
+        for norm in site.norms().values():
+            _spread_scales(norm, shape, family, generator)
         query, key, value, output = (
             getattr(site.attention, name) for name in (family.query, family.key, family.value, family.output)
         )
@@ -55,6 +65,15 @@ def _copy_rows(projection: nn.Linear, source: int, target: int, basis: torch.Ten
             heads[target] = basis @ heads[source]
 
 
+def _spread_scales(norm: nn.Module, shape, family, generator: torch.Generator, within: float = 0.0) -> None:
+    """Scales from 0.3 to 3 by rotary pair, the two of a pair apart by `within`; every head its own where it can."""
+    heads = norm.weight.numel() // shape.head_dim
+    pairs = torch.logspace(-0.5, 0.5, shape.head_dim // 2).repeat(heads, 1)
+    pairs = pairs * (0.7 + 0.6 * torch.rand(heads, 1, generator=generator))
+    scale = torch.cat((pairs * (1 + within), pairs * (1 - within)), dim=1)
+    norm.weight.copy_(scale.flatten() - family.norm_offset)
+
+
 def _invertible(dim: int, generator: torch.Generator) -> torch.Tensor:
     left, right = (torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0] for _ in range(2))
     return left @ torch.diag(torch.rand(dim, generator=generator) * 1.5 + 0.5) @ right
@@ -66,6 +85,8 @@ def _key_basis(shape, generator: torch.Generator) -> tuple[torch.Tensor, torch.T
     basis[rotary:, rotary:] = _invertible(shape.pass_dim, generator)
     angle = torch.rand(rotary // 2, generator=generator) * 6.283
     size = torch.rand(rotary // 2, generator=generator) * 1.5 + 0.5
+    if shape.norm_span == "head":
+        size = torch.ones_like(size)
     first, second = torch.arange(rotary // 2), torch.arange(rotary // 2) + rotary // 2
     basis[first, first] = basis[second, second] = size * angle.cos()
     basis[second, first], basis[first, second] = size * angle.sin(), -size * angle.sin()

@@ -38,7 +38,14 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from reference import dense_reference, relative_error, rows_alone
 from safetensors.torch import load_file, save_file
 from test_backends import checkpoint, gradients
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    BitsAndBytesConfig,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from asymgqa_peft import AsymGQAConfig, export_report, initialize_asymgqa_weights
@@ -462,6 +469,7 @@ CHECKPOINTS = [
     "mistral-wide",  # yarn
     "phi-wide",  # partial rotary
     "phi3-wide",  # fused
+    "gpt_neox-wide",  # partial rotary, fused
     "phi3-wide-long",  # longrope, with a limit of 8
 ]
 LENGTHS = {"short": 6, "long": 80}  # the models were made for 64 positions
@@ -504,7 +512,7 @@ def test_the_configuration_says_width_and_frequencies_in_stock_terms(plain_logit
     config = json.loads((plain_logits["folder"] / name / "config.json").read_text())
     case, base = CASES[name], stock(name).config
     assert config["head_dim"] == case.head_dim and config["num_key_value_heads"] == case.num_groups
-    pairs = case.head_dim // 4 if case.model_type == "phi" else case.head_dim // 2
+    pairs = case.head_dim // 4 if case.model_type in ("phi", "gpt_neox") else case.head_dim // 2
     for said in (config["rope_parameters"], config["rope_scaling"]):
         assert said["rope_type"] == "longrope"
         assert len(said["short_factor"]) == len(said["long_factor"]) == pairs
@@ -518,7 +526,7 @@ def test_the_frequencies_are_the_bases_to_the_last_bits(name: str):
     """An error of one part in a million would be seen thousands of positions on."""
     config = stock(name).config
     rope_type = config.rope_parameters.get("rope_type", "default")
-    rotary = stock(name).model.rotary_emb.inv_freq
+    rotary = stock(name).base_model.rotary_emb.inv_freq
     if rope_type != "default":
         torch.testing.assert_close(rotary, ROPE_INIT_FUNCTIONS[rope_type](config, "cpu")[0], rtol=0, atol=0)
     (frequencies, *_) = tensors_named(adapted(name), "lora_groups.default.frequencies").values()
@@ -580,7 +588,7 @@ def test_a_rotary_fraction_that_the_base_rounds_down():
     assert_merges(wrap(base, MHA_GROUPS, head_dim=16), 16)
 
 
-@pytest.mark.parametrize("name", ["llama-wide", "llama-widest", "phi3-wide", "phi-wide-gqa"])
+@pytest.mark.parametrize("name", ["llama-wide", "llama-widest", "phi3-wide", "phi-wide-gqa", "gpt_neox-wide"])
 def test_the_report_shows_width_parameters_cache_and_prefill(name: str):
     case, base, merged = CASES[name], stock(name), plain(name)
     report = export_report(adapted(name), prompt_tokens=10)
@@ -621,7 +629,11 @@ REFUSED = {
     "olmo-clipped": ("olmo-clipped", {"head_dim": 24}, "head_dim=24 .* olmo model: .*clamp.* Leave head_dim unset"),
     "stablelm": ("stablelm", {}, "head_dim=16 .* stablelm model: .*no width of heads.* Leave head_dim unset"),
     "opt": ("opt", {}, "head_dim=16 .* opt model: .*no width of heads.* Leave head_dim unset"),
-    "gpt_neox": ("gpt_neox", {}, "head_dim=16 .* gpt_neox model: .*no width of heads.* Leave head_dim unset"),
+    "serial gpt_neox": (
+        "gpt_neox-serial",
+        {},
+        "head_dim=16 .* gpt_neox model: no .* but phi, .* only for use_parallel_residual=True. Leave head_dim unset",
+    ),
     "partial phi3": ("phi3-gqa", {"head_dim": 12}, "head_dim=12 .* phi3 .*partial_rotary_factor=1.0.* Leave head_dim"),
     "dynamic RoPE": ("dynamic", {}, "head_dim=16 .* llama model: .*type 'dynamic'.* Leave head_dim unset"),
 }
@@ -644,6 +656,14 @@ def test_what_cannot_be_is_refused_before_anything_changes(why: str):
     assert str(refusal.value).count("\n") == 0
     assert dict(base.named_modules()) == modules and torch.equal(logits(base), before)
     assert not hasattr(base, "peft_config")
+
+
+def test_a_task_that_the_stand_in_has_not_is_refused():
+    base = AutoModelForQuestionAnswering.from_config(config_of(CASES["gpt_neox-wide"]))
+    modules = dict(base.named_modules())
+    with pytest.raises(ValueError, match="head_dim=16 .* but phi, which has no ForQuestionAnswering. Leave head_dim"):
+        get_peft_model(base, AsymGQAConfig(num_key_value_heads=3, head_dim=16))
+    assert dict(base.named_modules()) == modules
 
 
 def test_a_second_adapter_that_is_refused_leaves_the_first():

@@ -49,7 +49,7 @@ def largest_group(config: AsymGQAConfig, shape: HeadShape) -> int:
 
 
 def shared_shape(
-    config: AsymGQAConfig, groups: HeadGroups, shape: HeadShape, family: Family, model_config
+    config: AsymGQAConfig, groups: HeadGroups, shape: HeadShape, family: Family, model: nn.Module
 ) -> SharedShape:
     """The shape of the shared heads that a configuration asks for, in the groups to wrap with.
 
@@ -79,9 +79,9 @@ def shared_shape(
             f"use {largest} or less, or fewer num_key_value_heads."
         )
     check_width(config.merge, width, base_dim)
-    if reason := _refusal_of_width(shape, family, model_config):
+    if reason := _refusal_of_width(shape, family, model, config.num_key_value_heads):
         raise ValueError(
-            f"head_dim={width} cannot be had for this {model_config.model_type} model: {reason}. Leave head_dim unset."
+            f"head_dim={width} cannot be had for this {model.config.model_type} model: {reason}. Leave head_dim unset."
         )
     if config.num_key_value_heads * width >= shape.base_kv_heads * base_dim:
         warnings.warn(
@@ -92,16 +92,16 @@ def shared_shape(
     return SharedShape.of_width(shape, width)
 
 
-def _refusal_of_width(shape: HeadShape, family: Family, model_config) -> str | None:
+def _refusal_of_width(shape: HeadShape, family: Family, model: nn.Module, kv_heads: int) -> str | None:
     if not shape.free_keys or not shape.free_values:
         return "a clamp between projection and attention fixes the width of its heads"
-    if not family.grouped or not family.explicit_head_dim:
+    if family.wide_as is not None:
+        if reason := family.wide_as.refusal(type(model), model.config, kv_heads):
+            return reason
+    elif not family.grouped or not family.explicit_head_dim:
         return "its configuration knows no width of heads, so that no plain checkpoint could hold them"
-    if family.wide_as is not None and not family.wide_as.can_replace(model_config):
-        needed = ", ".join(f"{name}={value!r}" for name, value in family.wide_as.needs.items())
-        return f"no stock class holds them but {family.wide_as.model_type}, which computes the same only for {needed}"
     if family.rotary:
-        return refusal_of_rope(model_config)
+        return refusal_of_rope(model.config)
     return None
 
 

@@ -11,8 +11,9 @@ from accelerate import dispatch_model, init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..families import StandIn
 from ..groups import SlotLayout
-from ..heads import SharedHeads, SharedShape, join_bias
+from ..heads import SharedHeads, SharedShape, join_bias, split_bias
 from .plan import ExportPlan
 from .site import AttentionSite, attention_sites
 
@@ -27,11 +28,14 @@ def export_plain_model(
     float64: beside the model, less than a layer is held.
     """
     for site, layout, read in zip(attention_sites(model), plan.layouts, readers, strict=True):
-        _write_layer(site, layout, read(), plan)
+        block = model.get_submodule(site.name.rpartition(".")[0])
+        _write_layer(site, block, layout, read(), plan)
     return _as_stock_model(model, plan)
 
 
-def _write_layer(site: AttentionSite, layout: SlotLayout, shared: SharedHeads, plan: ExportPlan) -> None:
+def _write_layer(
+    site: AttentionSite, block: nn.Module, layout: SlotLayout, shared: SharedHeads, plan: ExportPlan
+) -> None:
     query, scale = _fitted_queries(site, layout, shared), _scale_of_queries(shared.shape, plan)
     source = list(layout.kv_source)
     if site.family.norm_span is None:
@@ -40,8 +44,29 @@ def _write_layer(site: AttentionSite, layout: SlotLayout, shared: SharedHeads, p
         query = _write_norms(site, layout, shared, query, scale)
     key = join_bias(shared.key, shared.key_bias)[source].double()
     value = join_bias(shared.value, shared.value_bias)[source].double()
-    unfuse = plan.stand_in is not None and plan.stand_in.unfuses
-    site.replace_projections(query, key, value, _mixed_outputs(site, layout, shared), unfuse)
+    fused, folds = site.family.fused_qkv, {}
+    if plan.stand_in is not None:
+        fused, folds = plan.stand_in.fused_qkv, plan.stand_in.folds
+    for behind, name in folds.items():
+        norm = getattr(block, name)
+        if behind == site.family.attention:
+            query, key, value = (_behind_norm(rows, norm) for rows in (query, key, value))
+        else:
+            linear = block.get_submodule(behind)
+            rows = _behind_norm(join_bias(linear.weight, linear.bias).double(), norm)
+            weight, bias = split_bias(rows, norm.bias)
+            linear.weight = nn.Parameter(weight.to(linear.weight))
+            linear.bias = nn.Parameter(bias.to(linear.weight))
+        # What is left of it, ones and zeros, comes with the stock class.
+        delattr(block, name)
+    site.replace_projections(query, key, value, _mixed_outputs(site, layout, shared), fused)
+
+
+def _behind_norm(rows: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Rows (..., E), or (..., E + 1) with a bias, that take the norm's scale and shift over -> (..., E + 1)."""
+    weight, bias = rows.split([norm.weight.numel(), rows.shape[-1] - norm.weight.numel()], dim=-1)
+    scale, shift = norm.weight.detach().double(), norm.bias.detach().double()
+    return join_bias(weight * scale, weight @ shift + bias.sum(-1))
 
 
 def _scale_of_queries(shape: SharedShape, plan: ExportPlan) -> Tensor:
@@ -107,38 +132,57 @@ def _as_stock_model(model: PreTrainedModel, plan: ExportPlan) -> PreTrainedModel
     """A fresh instance of the stock class that takes over the tensors: strict loading proves names and shapes."""
     with init_empty_weights(include_buffers=False):
         plain = plan.plain.model_class(plan.plain.config)
-    plain.load_state_dict(_renamed(model.state_dict(), plan), strict=True, assign=True)
+    stand_in = plan.stand_in or StandIn(plan.base.config.model_type)
+    tensors = _renamed(model.state_dict(), stand_in)
+    if plan.stand_in is not None:
+        _add_neutral(tensors, plain, model)
+    plain.load_state_dict(tensors, strict=True, assign=True)
     plain.tie_weights()
     plain.export_plan = plan  # for export_report; not part of the configuration
-    _take_over_buffers(model, plain)
+    _take_over_buffers(model, plain, stand_in)
     if model.can_generate():
         plain.generation_config = copy.deepcopy(model.generation_config)
     plain.train(model.training)
     device_map = getattr(model, "hf_device_map", None)
-    return dispatch_model(plain, device_map) if device_map and len(set(device_map.values())) > 1 else plain
+    if device_map and len(set(device_map.values())) > 1:
+        return dispatch_model(plain, {stand_in.rename(name): device for name, device in device_map.items()})
+    return plain
 
 
-def _renamed(tensors: dict[str, Tensor], plan: ExportPlan) -> dict[str, Tensor]:
+def _renamed(tensors: dict[str, Tensor], stand_in: StandIn) -> dict[str, Tensor]:
     """Tensors under the names of the plain class, which may have in parts what the base has as one."""
-    splits = {} if plan.stand_in is None else plan.stand_in.splits
     renamed = {}
     for name, tensor in tensors.items():
-        ending = next((ending for ending in splits if name.endswith(ending)), None)
+        for ending, rows in stand_in.drops_rows.items():
+            if name.endswith(ending):
+                tensor = tensor[rows:].clone()
+        ending = next((ending for ending in stand_in.splits if name.endswith(ending)), None)
         if ending is None:
-            renamed[name] = tensor
+            renamed[stand_in.rename(name)] = tensor
             continue
-        parts = splits[ending]
+        parts = stand_in.splits[ending]
         for part, rows in zip(parts, tensor.chunk(len(parts)), strict=True):
-            renamed[name.removesuffix(ending) + part] = rows.clone()
+            renamed[stand_in.rename(name.removesuffix(ending) + part)] = rows.clone()
     return renamed
 
 
-def _take_over_buffers(model: nn.Module, plain: nn.Module) -> None:
+def _add_neutral(tensors: dict[str, Tensor], plain: nn.Module, model: nn.Module) -> None:
+    """Biases and norms that a stand-in has and the base has not: zeros, and scales of ones."""
+    fallback = next(model.parameters())
+    for name, empty in plain.state_dict().items():
+        if name not in tensors and empty.dim() == 1:
+            # Of the weight beside it: a head that was trained on its own may have another dtype.
+            like = tensors.get(name.rpartition(".")[0] + ".weight", fallback)
+            fill = torch.zeros if name.endswith("bias") else torch.ones
+            tensors[name] = fill(len(empty), dtype=like.dtype, device=like.device)
+
+
+def _take_over_buffers(model: nn.Module, plain: nn.Module, stand_in: StandIn) -> None:
     """Buffers that no state dict holds (rotary frequencies), with their device; a wide head has its own."""
-    buffers = dict(model.named_buffers())
+    buffers = {stand_in.rename(name): buffer for name, buffer in model.named_buffers()}
     for name, buffer in list(plain.named_buffers()):
-        if name not in buffers:
-            continue
+        taken = buffers.get(name)
+        if taken is None or taken.shape != buffer.shape:
+            taken = buffer.to(model.device if taken is None else taken.device)
         parent, _, attribute = name.rpartition(".")
-        taken = buffers[name] if buffers[name].shape == buffer.shape else buffer.to(buffers[name].device)
         setattr(plain.get_submodule(parent), attribute, taken)

@@ -57,7 +57,7 @@ class AsymGQAModel(LoraModel):
             self._site_of |= dict.fromkeys(each.shared_names, each)
         site = self.sites[0]
         self._groups = initial_groups(peft_config, site.shape, len(self.sites))
-        self._shape = shared_shape(peft_config, self._groups, site.shape, site.family, self.model.config)
+        self._shape = shared_shape(peft_config, self._groups, site.shape, site.family, self.model)
         check_modules_to_save(peft_config, self._site_of)
         self._resolve_targets(peft_config)
         return peft_config

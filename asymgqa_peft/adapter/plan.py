@@ -9,12 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config import AsymGQAConfig
-from ..families import Family, StandIn, find_family
+from ..families import FAMILIES, Family, StandIn, find_family
 from ..groups import HeadGroups, SlotLayout, slot_layout
 from ..heads import HeadShape, SharedShape
 from .rope import wide_config
@@ -88,8 +87,9 @@ def plan_export(
 
     Equal groups are ordinary GQA in the base's class. Unequal groups are padded to slots: in the family's padded
     class, or in the base's own with as many slots as its configuration accepts. Equal ones take the padded class too
-    where the base's head dimension is not hidden size / heads, which more engines honour there. Where neither
-    configuration nor class knows a number of KV heads or a head dimension, K/V heads are stored more than once.
+    where the base's head dimension is not hidden size / heads, which more engines honour there, or where the base's
+    own knows no number of KV heads. Where no configuration knows a number of KV heads or a head dimension, K/V heads
+    are stored more than once.
 
     ``model`` is the base, wrapped or not; ``duplicate_kv_heads`` and ``cached_tokens`` are as for `merge_and_unload`.
 
@@ -108,19 +108,21 @@ def plan_export(
     base = StockModel(type(model), copy.deepcopy(model.config))
     family, other, scales = find_family(base.config), None, {}
     is_wide = heads.head_dim != heads.base.head_dim
-    stand_in = family.padded_as
+    stand_in, refusal = family.padded_as, None
     if is_wide and family.wide_as:
         stand_in = family.wide_as
-    if stand_in and not (stand_in.can_replace(base.config) and _classes_of(base, stand_in)[0]):
+    if stand_in:
+        refusal = stand_in.refusal(base.model_class, base.config, groups.num_key_value_heads)
+    if refusal:
         stand_in = None
     if is_wide:
         config, rotary_scale = wide_config(base.config, heads, family)
         shape = replace(heads.base, head_dim=heads.head_dim, rotary_dim=heads.rotary_dim)
-        planner = _Planner(replace(base, config=config), groups, family, shape, stand_in, is_wide=True)
+        planner = _Planner(replace(base, config=config), groups, family, shape, stand_in, refusal, is_wide=True)
         chosen = planner.stored_once()
         scales = {"rotary_scale": rotary_scale}
         rope = chosen.plain.config.rope_parameters
-        if chosen.stand_in and rope["short_factor"] != rope["long_factor"]:
+        if chosen.stand_in and chosen.stand_in.loses_recomputing and rope["short_factor"] != rope["long_factor"]:
             warnings.warn(
                 f"{base.model_class.__name__} recomputes its cache when generation passes "
                 f"{rope['original_max_position_embeddings']} tokens, where its rotary frequencies change; "
@@ -132,8 +134,11 @@ def plan_export(
             # The stock class divides scores by sqrt(W), the base by sqrt(D).
             scales["query_scale"] = math.sqrt(heads.head_dim / heads.base.head_dim)
     else:
-        planner = _Planner(base, groups, family, heads.base, stand_in)
+        planner = _Planner(base, groups, family, heads.base, stand_in, refusal)
         chosen, other = planner.choose(duplicate_kv_heads, cached_tokens)
+    if chosen.stand_in and chosen.stand_in.caution:
+        # who called merge_and_unload
+        warnings.warn(f"{chosen.plain.model_class.__name__} {chosen.stand_in.caution}", stacklevel=5)
     if not _has_tied_head(model):
         for stock in (chosen.plain, other):
             if stock is not None:
@@ -175,6 +180,7 @@ class _Planner:
     """Lays groups of the base's KV heads out in stock classes: its own, or the stand-in if there is one.
 
     Wide heads stand in the configuration of `base` and in `shape`, and a stand-in holds them rather than the base.
+    `refusal` is why there is no stand-in although the family names one.
     """
 
     base: StockModel
@@ -182,6 +188,7 @@ class _Planner:
     family: Family
     shape: HeadShape
     stand_in: StandIn | None
+    refusal: str | None
     is_wide: bool = False
 
     @property
@@ -197,7 +204,8 @@ class _Planner:
 
     def choose(self, duplicate_kv_heads: bool, cached_tokens: int) -> tuple[_Choice, StockModel | None]:
         """The layout to write, and the other one of unequal groups where there is one."""
-        if not self.family.grouped or not self.family.explicit_head_dim:
+        is_held = self.family.grouped or self.stand_in is not None
+        if not is_held or not self.family.explicit_head_dim:
             return self.fixed_slots(), None
         duplicated = self.duplicated(cached_tokens)
         try:
@@ -218,11 +226,12 @@ class _Planner:
         shape, candidates = self.shape, []
         # CTranslate2 reads an explicit head dimension in the padded class only.
         is_explicit = shape.head_dim * shape.num_attention_heads != shape.hidden_size
-        if self.stand_in and (self.is_wide or is_explicit or not self.are_equal):
+        if self.stand_in and (self.is_wide or is_explicit or not self.are_equal or not self.family.grouped):
             candidates.append((self.stand_in, self.largest))
-        for slots in range(self.largest, 2 * self.largest + 1):
-            # Over-padded, because some classes want hidden_size % slots == 0.
-            candidates.append((None, slots))
+        if self.family.grouped:
+            for slots in range(self.largest, 2 * self.largest + 1):
+                # Over-padded, because some classes want hidden_size % slots == 0.
+                candidates.append((None, slots))
         return self.first_accepted(candidates)
 
     def duplicated(self, cached_tokens: int) -> _Choice | None:
@@ -237,7 +246,7 @@ class _Planner:
         for slots in range(1, self.largest):
             layouts = self.layouts(slots)
             kv_heads, stand_in = layouts[0].kv_heads, None
-            if layouts[0].num_slots != self.shape.num_attention_heads:
+            if layouts[0].num_slots != self.shape.num_attention_heads or not self.family.grouped:
                 stand_in = self.stand_in
             if kv_heads < self.shape.base_kv_heads:
                 # Of layouts of equal bytes that with the smaller cache.
@@ -261,15 +270,16 @@ class _Planner:
             shrinks = "does not shrink"
             if kv_heads < shape.base_kv_heads:
                 shrinks = "shrinks less than the adapter's"
+            reason = f" ({self.refusal})" if self.refusal else ""
             warnings.warn(
                 f"{type(base.config).__name__} cannot express these groups: the plain checkpoint stores {kv_heads} KV "
-                f"heads, not {wanted}, so its cache {shrinks}. Its logits are the adapter's.",
+                f"heads, not {wanted}, so its cache {shrinks}{reason}. Its logits are the adapter's.",
                 stacklevel=7,  # who called merge_and_unload
             )
         config = copy.deepcopy(base.config)
         if self.family.grouped:
             config.num_key_value_heads = kv_heads
-        return _Choice(_stock(base.model_class, config, self.family), self.layouts(slots_per_kv))
+        return _Choice(_stock(base.model_class, config), self.layouts(slots_per_kv))
 
     def bytes(self, layouts: Sequence[SlotLayout], cached_tokens: int) -> int:
         """Projection weights and cached K and V of all layers, in units of head_dim elements."""
@@ -296,16 +306,16 @@ class _Planner:
         """The first (stand-in or None for the base's class, slots per K/V head) that its configuration accepts."""
         refusal = None
         for stand_in, slots in candidates:
-            model_class, config_class, sets = self.base.model_class, type(self.base.config), {}
+            model_class, config_class = self.base.model_class, type(self.base.config)
             if stand_in is not None:
-                model_class, config_class, sets = *_classes_of(self.base, stand_in), stand_in.sets
+                model_class, config_class = stand_in.classes(model_class, self.base.config)
             layouts = self.layouts(slots)
             try:
-                config = _plain_config(config_class, self.base.config, layouts[0], self.shape, sets)
+                config = _plain_config(config_class, self.base.config, layouts[0], self.shape, stand_in)
             except Exception as error:  # each version of transformers wraps a configuration's refusal in another class
                 refusal = error
                 continue
-            return _Choice(_stock(model_class, config, self.family), layouts, stand_in)
+            return _Choice(_stock(model_class, config), layouts, stand_in)
         reason = str(refusal).strip().splitlines()[-1].strip()
         raise ValueError(
             f"No {type(self.base.config).__name__} holds {self.groups.num_key_value_heads} groups of up to "
@@ -315,19 +325,13 @@ class _Planner:
         ) from refusal
 
 
-def _classes_of(base: StockModel, stand_in: StandIn) -> tuple[type | None, type]:
-    """Model class for the base's task, None where there is no such model, and configuration class of a stand-in."""
-    config_class = CONFIG_MAPPING[stand_in.model_type]
-    own, other = (each.__name__.removesuffix("Config") for each in (type(base.config), config_class))
-    return getattr(transformers, base.model_class.__name__.replace(own, other, 1), None), config_class
-
-
-def _stock(model_class: type, config: PretrainedConfig, family: Family) -> StockModel:
+def _stock(model_class: type, config: PretrainedConfig) -> StockModel:
     """The class and its configuration, which gets the names that engines read."""
     config.architectures = [model_class.__name__]
     parameters = getattr(config, "rope_parameters", None)
     if isinstance(parameters, dict) and "rope_theta" in parameters:
         # Engines written for transformers 4 read RoPE fields at the top level; transformers 5 takes both.
+        family = FAMILIES[config.model_type]
         for entry, name in family.rope_fields.items():
             if entry in parameters:
                 setattr(config, name, parameters[entry])
@@ -338,17 +342,20 @@ def _stock(model_class: type, config: PretrainedConfig, family: Family) -> Stock
     return StockModel(model_class, config)
 
 
-def _plain_config(config_class, config, layout: SlotLayout, shape: HeadShape, sets: dict) -> PretrainedConfig:
+def _plain_config(
+    config_class, config, layout: SlotLayout, shape: HeadShape, stand_in: StandIn | None
+) -> PretrainedConfig:
     """The plain configuration; raises whatever its class raises where it refuses the number of slots."""
     values = config.to_dict()
     values.pop("model_type", None)
     # What a merge wrote for older engines goes before rope_parameters, and would stand for the base's.
     values.pop("rope_scaling", None)
-    if config_class is not type(config):
+    if stand_in is not None:
         own = config_class().to_dict()
         values = {name: value for name, value in values.items() if name in own}
-    values |= {"num_attention_heads": layout.num_slots, "num_key_value_heads": layout.kv_heads} | sets
-    if layout.num_slots != shape.num_attention_heads or values.get("head_dim") is not None:
+        values |= {name: getattr(config, source) for name, source in stand_in.fields.items()} | stand_in.sets
+    values |= {"num_attention_heads": layout.num_slots, "num_key_value_heads": layout.kv_heads}
+    if layout.num_slots * shape.head_dim != shape.hidden_size or values.get("head_dim") is not None:
         values["head_dim"] = shape.head_dim
     plain = config_class.from_dict(values)
     plain._attn_implementation = config._attn_implementation

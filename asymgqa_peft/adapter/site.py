@@ -147,6 +147,25 @@ class AttentionSite:
             heads["key"] = self._normed(self.key_norm, outputs["key"])
         return heads
 
+    def norm_inputs(self, outputs: dict[str, Tensor], adapter_name: str | None) -> dict[str, Tensor]:
+        """What the norms of queries and keys take together, from what the modules of `sources` returned.
+
+        Of the base, or of an adapter in evaluation mode: by their fields of `SharedHeads`, (tokens, heads, dimensions)
+        of norms that span a head, (tokens, 1, all dimensions) of norms that span the layer.
+        """
+        width = self.shape.head_dim
+        if adapter_name is not None:
+            width = self.layout(adapter_name).shape.head_dim
+        rows = {}
+        for name, source in (("query_norm", "query"), ("key_norm", "key")):
+            heads = outputs[source].unflatten(-1, (-1, width))
+            if self.family.norm_span == "layer":
+                heads = heads.flatten(-2).unsqueeze(-2)
+            elif adapter_name is not None and source == "query":
+                heads = self.layout(adapter_name).gather(heads)
+            rows[name] = heads.flatten(0, -3)
+        return rows
+
     def _normed(self, norm: nn.Module, rows: Tensor) -> Tensor:
         """Queries (B, T, H D) or keys (B, T, K D) through the base's norm."""
         norm = base_layer(norm)
@@ -267,19 +286,21 @@ class AttentionSite:
 
     # ---- the plain model ----
 
-    def replace_projections(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, unfuse: bool) -> None:
+    def replace_projections(
+        self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, fused: str | None
+    ) -> None:
         """Put plain projections of these heads in place.
 
         Args:
             query, key, value: (heads, dimensions, E), or (heads, dimensions, E + 1) with a bias as the last column.
             output: (E, heads * dimensions).
-            unfuse: whether a fused projection becomes three.
+            fused: name of the one projection that holds q, k and v; None for three.
         """
         family, like = self.family, self.output.weight
-        if unfuse:
-            delattr(self.attention, family.fused_qkv)
-        if self.is_fused and not unfuse:
-            projections = {family.fused_qkv: family.join_fused(query, key, value)}
+        for name in (family.fused_qkv,) if self.is_fused else (family.query, family.key, family.value):
+            delattr(self.attention, name)
+        if fused:
+            projections = {fused: family.join_fused(query, key, value)}
         else:
             projections = {family.query: query, family.key: key, family.value: value}
         for name, heads in projections.items():

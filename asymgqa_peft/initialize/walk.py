@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -26,12 +26,16 @@ from ..heads import AttentionWeights, SharedShape
 from ..method.costs import group_costs, head_similarity, pair_costs
 from ..method.frequencies import next_eigenvalues, widened_frequencies
 from ..method.merge import merge_layer, merge_notes
+from ..method.norms import divisor_spread
 from ..method.refit import OutputRefit
 from ..method.search import SearchResult, search_partition
 from ..method.statistics import LayerMoments, LayerStatistics, sum_over_ranks
 from .checks import check_finite
 from .report import InitializationReport
 from .streams import Stop, Streams, recording
+
+NEGLIGIBLE_SPREAD = 1e-3
+"""Relative difference of divisors that needs no note."""
 
 
 class Walk:
@@ -48,6 +52,8 @@ class Walk:
         self.seconds: dict[str, float] = defaultdict(float)
         self.search_seconds = 0.0
         self.notes: dict[str, list[int]] = defaultdict(list)
+        # Of queries and of keys, by layer; empty where there are no norms.
+        self.divisor_spreads: list[tuple[float, float]] = []
 
     def check_tokens(self) -> None:
         """Raise ValueError, on all ranks alike, if a rank has no batch or the data cannot tell the heads apart."""
@@ -107,8 +113,20 @@ class Walk:
             seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             search_seconds=round(self.search_seconds, 3),
             peak_memory=peak_memory(),
-            notes=[f"layers {_ranges(layers)}: {note}" for note, layers in self.notes.items()],
+            notes=[f"layers {_ranges(layers)}: {note}" for note, layers in self.notes.items()] + self._norm_notes(),
         )
+
+    def _norm_notes(self) -> list[str]:
+        """What the norms of shared heads do otherwise than those of the base's heads, in a sentence."""
+        if not any(max(spreads) > NEGLIGIBLE_SPREAD for spreads in self.divisor_spreads):
+            return []
+        ranges = []
+        for name, spreads in zip(("queries", "keys"), zip(*self.divisor_spreads, strict=True), strict=True):
+            ranges.append(f"{name} {min(spreads):.1%} to {max(spreads):.1%}")
+        return [
+            "the norms of shared heads divide by other amounts than those of their heads (root mean square over "
+            f"tokens: {', '.join(ranges)} by layer); training makes up for it."
+        ]
 
     def _choose_frequencies(self) -> None:
         """Give the dimensions of a width that is no multiple of the base's to the frequencies of most energy.
@@ -146,6 +164,8 @@ class Walk:
             )
             for note in merge_notes(site.shape, self.config.merge):
                 self.notes[note].append(site.layer)
+            if site.shape.norm_span is not None and self.config.merge != "mean":
+                self.divisor_spreads.append(self._divisor_spreads(site))
         del moments
         with self._timed("refit"):
             self._refit(site, weights.output, targets)
@@ -191,6 +211,29 @@ class Walk:
                 statistics.update(**site.heads_of_outputs(record), mask=self.streams.masks[batch])
         statistics.reduce()
         return statistics.moments(weights.output).to("cpu")
+
+    def _divisor_spreads(self, site: AttentionSite) -> tuple[float, float]:
+        """How much the divisors of fitted queries and shared keys differ from their heads' own, on the first batch."""
+        rows, sources = [], site.sources()
+        for adapter in (None, self.adapter):
+            beside = self.model.disable_adapter() if adapter is None else nullcontext()
+            with beside, recording(sources, stops=True) as record:
+                for _, call in self.streams.run_layer(self.layers[site.layer], site.layer, self.streams.original):
+                    with suppress(Stop):
+                        call()
+                    break
+            rows.append(site.norm_inputs(record, adapter))
+        own, shared = rows
+        group_of_key = site.layout(self.adapter).index
+        if site.shape.norm_span == "layer":
+            group_of_key = torch.zeros(1, dtype=torch.long)
+        every_query = torch.arange(own["query_norm"].shape[-2])
+        of_queries = divisor_spread(own["query_norm"], shared["query_norm"], every_query)
+        of_keys = divisor_spread(own["key_norm"], shared["key_norm"], group_of_key)
+        # The mean over ranks, so that all report the same.
+        sums = torch.tensor([of_queries, of_keys, 1.0], dtype=torch.float64)
+        sum_over_ranks([sums])
+        return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
 
     def _targets(self, site: AttentionSite) -> list[Tensor]:
         """Advance the original stream by one layer; what the refit aims at, per batch."""

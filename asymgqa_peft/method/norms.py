@@ -28,12 +28,14 @@ class FoldedScales:
 
     Attributes:
         key_rows: (K, D) factors of the base's key rows, before they are encoded.
+        key_gains: (K, F) what these factors come to for a rotary pair.
         key_pairs: (F,) scale that stays the norm's; ones where a norm spans the layer, which needs no common one.
         query_rows: (H, D) factors of the base's query rows.
         query_pairs: (H, F) what stays, the same for all heads where a norm spans one.
     """
 
     key_rows: Tensor
+    key_gains: Tensor
     key_pairs: Tensor
     query_rows: Tensor
     query_pairs: Tensor
@@ -48,10 +50,11 @@ def fold_scales(moments: LayerMoments, weights: AttentionWeights) -> FoldedScale
     if base.norm_span == "layer":
         # All keys have one divisor, so that a scale is as good in the rows.
         key_rows = weights.key_norm.double().unflatten(0, (-1, base.head_dim))
-        return FoldedScales(key_rows, torch.ones_like(query_pairs[0]), query_rows, query_pairs)
-    key_pairs, key_rows = _split(weights.key_norm.double())
-    divisors = _root_mean_square(moments.key_power, base).to(key_rows)
-    return FoldedScales(key_rows / divisors[:, None], key_pairs, query_rows, query_pairs)
+        key_pairs = torch.ones_like(query_pairs[0])
+    else:
+        key_pairs, key_rows = _split(weights.key_norm.double())
+        key_rows = key_rows / _root_mean_square(moments.key_power, base).to(key_rows)[:, None]
+    return FoldedScales(key_rows, _signed_root_mean_square(key_rows), key_pairs, query_rows, query_pairs)
 
 
 def through_norms(heads: SharedHeads, maps: list[Maps], moments: LayerMoments, folded: FoldedScales) -> SharedHeads:
@@ -63,13 +66,16 @@ def through_norms(heads: SharedHeads, maps: list[Maps], moments: LayerMoments, f
         moments: of the normed queries and keys.
         folded: what the key rows were multiplied with.
     """
-    energies = []
+    frequencies = torch.tensor(heads.shape.frequencies, device=moments.key_gram.device)
+    shared = []
+    kept = heads.key.new_zeros(folded.key_gains.shape)
     for group, (encode, decode) in zip(heads.partition, maps, strict=True):
-        energies.append(_energies(moments, group, encode, decode, heads.shape.frequencies))
-    shared = torch.stack([energy for energy, _ in energies]).to(heads.key)
-    kept = heads.key.new_zeros(moments.key_power.shape)
-    for group, (_, restored) in zip(heads.partition, energies, strict=True):
-        kept[list(group)] = restored.to(kept)
+        members = list(group)
+        encode, decode = encode.to(moments.key_gram), decode.to(moments.key_gram)
+        gains = folded.key_gains.to(encode)[members][:, frequencies].mT
+        shared.append(_shared_energy(moments, members, encode * gains, frequencies))
+        kept[members] = _restored_energy(moments, members, encode, decode, frequencies).to(kept)
+    shared = torch.stack(shared).to(heads.key)
     if moments.shape.norm_span == "head":
         return _norm_per_head(heads, shared, kept, moments, folded)
     return _norm_per_layer(heads, shared, moments, folded)
@@ -88,7 +94,7 @@ def divisor_spread(rows: Tensor, shared_rows: Tensor, group_of_row: Tensor) -> f
     """
     own = rows.double().square().mean(-1).clamp_min(1e-30).log() / 2
     shared = shared_rows.double().square().mean(-1).clamp_min(1e-30).log() / 2
-    difference = own - shared[:, group_of_row]
+    difference = own - shared[:, group_of_row.to(shared.device)]
     return (difference - difference.mean(0)).square().mean().sqrt().item()
 
 
@@ -97,12 +103,12 @@ def _norm_per_head(
 ) -> SharedHeads:
     """Every shared head and every query has a divisor of its own; their norms have one scale for all heads.
 
-    Of the shared keys' energies (G, J) and the energies that members get back of their own, (K, F).
+    Of the mean squares of what the shared norm gets, (G, J), and of what members get back of their own keys, (K, F).
     """
     shape, base = heads.shape, heads.shape.base
     pairs = list(shape.frequencies)
     key_scale, query_scale = folded.key_pairs[pairs], folded.query_pairs[0, pairs]
-    divisors = (shared / _nonzero(key_scale).square()).sum(-1).div(shape.head_dim).sqrt()  # (G,)
+    divisors = shared.sum(-1).div(shape.head_dim).sqrt()  # (G,)
     # Rows of the base's own size: epsilon's share and the pace of training stay as they were.
     sizes = _group_means(_root_mean_square(moments.key_power, base).to(divisors).square(), heads.partition).sqrt()
     factor = sizes / _nonzero(divisors)
@@ -128,24 +134,22 @@ def _norm_per_layer(heads: SharedHeads, shared: Tensor, moments: LayerMoments, f
     """One divisor for all keys and one for all queries; every pair of every head has a scale of its own.
 
     So rows may have any size, which the scale takes back. They get the size that leaves each frequency of each group
-    its share of the divisor. Of the shared keys' energies (G, J).
+    its share of the divisor. Of the mean squares of what the shared norm gets, (G, J).
     """
     shape, base = heads.shape, heads.shape.base
     pairs = torch.tensor(shape.frequencies, device=shared.device)
-    copies = torch.zeros_like(folded.key_pairs).index_add(0, pairs, torch.ones_like(pairs, dtype=shared.dtype))
     widening = shape.head_dim / base.head_dim
-    # Keys: what the rows make before the norm, over all tokens.
+    # What the base's norm gets, and what the shared one gets from the pairs of each frequency: (G, F).
     power = moments.key_power.to(shared)
-    mean_power = power.sum() / (base.base_kv_heads * base.head_dim)
-    per_group = torch.stack([power[list(group)].sum(0) for group in heads.partition])[:, pairs]
-    wanted = per_group / copies[pairs] * (widening * len(heads.partition) / base.base_kv_heads)
-    key_factor = _ratio(wanted, shared * mean_power).sqrt()  # (G, J)
-    # Queries.
-    power = moments.query_power.to(shared)
-    mean_power = power.sum() / (base.num_attention_heads * base.head_dim)
-    fitted = heads.query_gain.abs().square() * (moments.query_energy.to(shared) * mean_power)[:, pairs]
-    per_frequency = torch.zeros_like(power).index_add(1, pairs, fitted)
-    query_factor = _ratio(power * widening, per_frequency).sqrt()[:, pairs]  # (H, J)
+    own = torch.stack([power[list(group)].sum(0) for group in heads.partition])
+    found = torch.zeros_like(own).index_add(1, pairs, shared)
+    size = widening * len(heads.partition) / base.base_kv_heads
+    key_factor = _ratio(own * size, found).sqrt()[:, pairs]  # (G, J)
+    # The same of the queries, (H, F).
+    own = moments.query_power.to(shared)
+    fitted = heads.query_gain.abs().square() * (own * folded.query_pairs.square())[:, pairs]
+    found = torch.zeros_like(own).index_add(1, pairs, fitted)
+    query_factor = _ratio(own * widening, found).sqrt()[:, pairs]  # (H, J)
     both = torch.cat((key_factor, key_factor), dim=1)
     return replace(
         heads,
@@ -158,19 +162,21 @@ def _norm_per_layer(heads: SharedHeads, shared: Tensor, moments: LayerMoments, f
     )
 
 
-def _energies(
-    moments: LayerMoments, group: tuple[int, ...], encode: Tensor, decode: Tensor, frequencies: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Mean squares of a group's shared key, (J,), and of what its members get back of their own keys, (n, F)."""
-    gram, root = moments.key_blocks(torch.tensor([group], device=moments.key_gram.device))
-    gram, root, encode, decode = gram[0], root[0], encode.to(gram), decode.to(gram)
-    plain = gram / (root[:, :, None] * root[:, None, :])
-    turning = torch.tensor(frequencies, device=gram.device)
-    shared = torch.einsum("jn,jnm,jm->j", encode, plain[turning], encode.conj()).real
+def _shared_energy(moments: LayerMoments, members: list[int], encode: Tensor, frequencies: Tensor) -> Tensor:
+    """Mean squares (J,) of what ``encode`` (J, n) makes of the members' keys before their norm."""
+    gram = moments.key_gram_before_norm[:, members][:, :, members]
+    return torch.einsum("jn,jnm,jm->j", encode, gram[frequencies], encode.conj()).real
+
+
+def _restored_energy(
+    moments: LayerMoments, members: list[int], encode: Tensor, decode: Tensor, frequencies: Tensor
+) -> Tensor:
+    """Mean squares (n, F) of what members get back of their own normed keys, by encode and decode (J, n)."""
+    gram, root = moments.key_blocks(torch.tensor([members], device=frequencies.device))
+    gram = gram[0] / (root[0][:, :, None] * root[0][:, None, :])
     through_pair = decode[:, :, None] * encode[:, None, :]
-    restoring = torch.zeros_like(plain).index_add(0, turning, through_pair)
-    restored = torch.einsum("fkn,fnm,fkm->kf", restoring, plain, restoring.conj()).real
-    return shared, restored
+    restoring = torch.zeros_like(gram).index_add(0, frequencies, through_pair)
+    return torch.einsum("fkn,fnm,fkm->kf", restoring, gram, restoring.conj()).real
 
 
 def _split(scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,6 +187,13 @@ def _split(scale: Tensor) -> tuple[Tensor, Tensor]:
     first, second = scale.chunk(2, dim=-1)
     common = ((first.square() + second.square()) / 2).sqrt()
     return common, scale / _nonzero(torch.cat((common, common), dim=-1))
+
+
+def _signed_root_mean_square(rows: Tensor) -> Tensor:
+    """Factors (K, D) of rows -> what they come to for a rotary pair, (K, F); signs are those of their means."""
+    first, second = rows.chunk(2, dim=-1)
+    size = ((first.square() + second.square()) / 2).sqrt()
+    return torch.where(first + second < 0, -size, size)
 
 
 def _root_mean_square(power: Tensor, base: HeadShape) -> Tensor:

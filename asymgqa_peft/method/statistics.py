@@ -39,7 +39,8 @@ class LayerMoments:
         value_root: (K, D, D) symmetric S_k with S_k S_k = sum over the query heads h of k of W_o,h^T W_o,h.
         key_cosine, value_cosine: (K, K) mean over tokens of the cosine between two heads' keys or values.
         query_energy: (H, F) E|q_j|^2 of each query head.
-        query_power, key_power: (H, F) and (K, F) the same of queries and keys before their norms; None without norms.
+        query_power: (H, F) the same of queries before their norm; None without norms.
+        key_gram_before_norm: (F, K, K) complex128, E[kappa_k conj(kappa_l)] of keys before their norm; None without.
     """
 
     shape: HeadShape
@@ -54,7 +55,12 @@ class LayerMoments:
     value_cosine: Tensor
     query_energy: Tensor
     query_power: Tensor | None = None
-    key_power: Tensor | None = None
+    key_gram_before_norm: Tensor | None = None
+
+    @property
+    def key_power(self) -> Tensor:
+        """(K, F) E|kappa_k|^2 of keys before their norm."""
+        return self.key_gram_before_norm.diagonal(dim1=-2, dim2=-1).real.T
 
     @property
     def key_energy(self) -> Tensor:
@@ -113,9 +119,10 @@ class LayerStatistics:
     Attributes:
         token_count: (1,) tokens that counted.
         query_energy: (H, F) sum of |q_f|^2 over tokens.
-        query_power, key_power: (H, F) and (K, F) the same before the norms; None without norms.
+        query_power: (H, F) the same before the norm; None without norms.
         query_pass: (K, P, P) sum of q q^T of the pass-through queries, over the query heads of each KV head.
         key_gram: (F, K, K) complex, sum of kappa_k conj(kappa_l) of the complex keys.
+        key_gram_before_norm: the same before the norm; None without norms.
         key_pass, key_pass_sum: (K P, K P) sum of outer products of the pass-through keys, and (K P,) their sum.
         value_outer: (K D, K D) sum of outer products of the values.
         key_cosine, value_cosine: (K, K) sum of the cosines between two heads' keys, and values.
@@ -127,12 +134,12 @@ class LayerStatistics:
         real = {"dtype": torch.float64, "device": device}
         self.token_count = torch.zeros(1, **real)
         self.query_energy = torch.zeros(shape.num_attention_heads, frequencies, **real)
-        self.query_power = self.key_power = None
-        if shape.norm_span is not None:
-            self.query_power = torch.zeros(shape.num_attention_heads, frequencies, **real)
-            self.key_power = torch.zeros(heads, frequencies, **real)
         self.query_pass = torch.zeros(heads, passing, passing, **real)
         self.key_gram = torch.zeros(frequencies, heads, heads, dtype=torch.complex128, device=device)
+        self.query_power = self.key_gram_before_norm = None
+        if shape.norm_span is not None:
+            self.query_power = torch.zeros_like(self.query_energy)
+            self.key_gram_before_norm = torch.zeros_like(self.key_gram)
         self.key_pass = torch.zeros(heads * passing, heads * passing, **real)
         self.key_pass_sum = torch.zeros(heads * passing, **real)
         self.value_outer = torch.zeros(heads * shape.head_dim, heads * shape.head_dim, **real)
@@ -170,7 +177,8 @@ class LayerStatistics:
         self.value_outer += outer_sum(value, value)
         if shape.norm_span is not None:
             self.query_power += self._pair_energy(tokens_that_count(query_before_norm, mask).to(device))
-            self.key_power += self._pair_energy(tokens_that_count(key_before_norm, mask).to(device))
+            key_rows = tokens_that_count(key_before_norm, mask).to(device).unflatten(-1, (shape.base_kv_heads, -1))
+            self.key_gram_before_norm += _complex_gram(key_rows[..., : shape.rotary_dim])
         self.query_energy += self._pair_energy(query)
         # From here on by head: (N, H, D) and (N, K, D).
         query = query.unflatten(-1, (shape.num_attention_heads, shape.head_dim))
@@ -220,6 +228,10 @@ class LayerStatistics:
         per_kv_head = query_energy.unflatten(0, (self.shape.base_kv_heads, -1)).sum(1).T
         key_root = _floored(per_kv_head).sqrt()
         pass_mean = self.key_pass_sum / count
+        before_norm = {}
+        if self.shape.norm_span is not None:
+            before_norm["query_power"] = self.query_power / count
+            before_norm["key_gram_before_norm"] = hermitian(self.key_gram_before_norm / count)
         pass_root = metric_root(self.query_pass / count)
         value_root = metric_root(output_metric(output_weight.to(count), self.shape))
         return LayerMoments(
@@ -234,8 +246,7 @@ class LayerStatistics:
             key_cosine=self.key_cosine / count,
             value_cosine=self.value_cosine / count,
             query_energy=query_energy,
-            query_power=None if self.query_power is None else self.query_power / count,
-            key_power=None if self.key_power is None else self.key_power / count,
+            **before_norm,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,10 @@ class Engine:
         converter = [sys.executable, str(RECIPES / "convert_gguf.py"), str(SOURCES), PRE_TOKENIZER]
         subprocess.run([*converter, str(checkpoint), "--outfile", str(file), "--outtype", "f32"], check=True)
         cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-        self.llama = Llama(str(file), n_ctx=512, logits_all=True, verbose=False, **cache)
+        config, overrides = json.loads((checkpoint / "config.json").read_text()), None
+        if config["model_type"] == "phi":  # the converter writes the number of query heads
+            overrides = {"phi2.attention.head_count_kv": config["num_key_value_heads"]}
+        self.llama = Llama(str(file), n_ctx=512, logits_all=True, verbose=False, kv_overrides=overrides, **cache)
 
     def logits(self, ids: list[int]) -> np.ndarray:
         self.llama.reset()

@@ -5,10 +5,14 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
+import dummy_cache
 import onnxruntime
 import serve_transformers
 import torch
+from optimum.exporters.onnx import model_configs
 from optimum.onnxruntime import ORTModelForCausalLM
+
+dummy_cache.has_kv_heads(model_configs.PhiOnnxConfig)
 
 
 class Engine(serve_transformers.Engine):
@@ -18,7 +22,9 @@ class Engine(serve_transformers.Engine):
         self.checkpoint = checkpoint
         self.model = ORTModelForCausalLM.from_pretrained(checkpoint, export=True, dtype=torch.float32)
         # optimum-onnx shapes the empty cache by hidden_size / heads, also for an unpadded model; its graph is right.
-        self.model.embed_size_per_head = self.model.config.head_dim
+        config = self.model.config
+        self.model.embed_size_per_head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        self.model.num_key_value_heads = config.num_key_value_heads
 
     def kv_heads(self) -> int:
         inputs = {node.name: node.shape for node in self.model.session.get_inputs()}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import dummy_cache
 import openvino
 import serve_transformers
+from optimum.exporters.openvino import model_configs
 from optimum.intel import OVModelForCausalLM
 from optimum.intel.version import __version__ as optimum_version
 
+dummy_cache.has_kv_heads(model_configs.PhiOpenVINOConfig)
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
