@@ -31,6 +31,12 @@ def checked_batches(batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
 def _checked_batch(index: int, batch: object) -> dict[str, Tensor]:
     given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
     ids = given.get("input_ids")
+    holds_text = "input_ids" not in given and any(isinstance(value, str) for value in given.values())
+    if isinstance(batch, str) or holds_text:
+        raise ValueError(
+            f"batches[{index}] is a {type(batch).__name__} of text: tokenise it, e.g. [tokenizer(text, "
+            "return_tensors='pt', truncation=True, max_length=2048) for text in texts]."
+        )
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
         raise ValueError(
             f"batches[{index}]: input_ids must be integers of shape (B, T), got {_seen(ids)}: pass LongTensors "

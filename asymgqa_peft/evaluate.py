@@ -85,13 +85,18 @@ def _mean_over_tokens(
 
 
 def strided_windows(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, stride: int, batch_size: int = 1
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    stride: int,
+    batch_size: int = 1,
+    max_tokens: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Batches that score every token of every document once, with `length - stride` tokens of context or more.
 
     Windows of `length` tokens start every `stride` tokens; what an earlier window has scored is context only, with
     label -100. A window holds one document: none sees another. Each document starts with the tokenizer's bos (or, for
-    want of one, eos) token, so that its first token is scored too.
+    want of one, eos) token, so that its first token is scored too. Documents end after `max_tokens` tokens in all.
 
     Returns:
         Dicts of `input_ids`, `attention_mask` and `labels`, each (B, T), for `perplexity` and `kl_to_reference`, with
@@ -102,7 +107,8 @@ def strided_windows(
     """
     if not 0 < stride < length:
         raise ValueError(f"stride={stride} must be at least 1 and less than length={length}: windows have to overlap.")
-    windows = (window for text in documents for window in _windows(_token_ids(text, tokenizer), length, stride))
+    tokens = _token_ids(documents, tokenizer, max_tokens)
+    windows = (window for ids in tokens for window in _windows(ids, length, stride))
     # Apart, because a generator would check its arguments only when the first batch is asked for.
     return _padded_batches(windows, batch_size, tokenizer.pad_token_id or 0)
 
@@ -165,15 +171,26 @@ def _predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Te
     return logits[:, :-1], ids[:, 1:].to(logits.device), mask.to(logits.device)
 
 
-def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A document's tokens, with a start token before them unless the tokenizer wrote one or has none."""
-    ids = list(tokenizer(text, verbose=False).input_ids)
+def _token_ids(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+) -> Iterator[list[int]]:
+    """Each document's tokens, with a start token before them unless the tokenizer wrote one or has none."""
     start = tokenizer.bos_token_id
     if start is None:
         start = tokenizer.eos_token_id
-    if start is not None and ids[:1] != [start]:
-        ids.insert(0, start)
-    return ids
+    left = max_tokens
+    for text in documents:
+        if left is not None:
+            # A token is rarely as long as this: the rest of a large file need not be tokenised.
+            text = text[: 32 * left]
+        ids = list(tokenizer(text, verbose=False).input_ids)
+        if start is not None and ids[:1] != [start]:
+            ids.insert(0, start)
+        yield ids[:left]
+        if left is not None:
+            left -= len(ids[:left])
+            if left == 0:
+                return
 
 
 def _windows(ids: list[int], length: int, stride: int) -> Iterator[tuple[list[int], int]]:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
@@ -129,9 +128,8 @@ def export_report(
         prompt_tokens = min(PROMPT_TOKENS, plan.base.config.max_position_embeddings)
     if prompt_tokens < 1:
         raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1: give the length of a prompt.")
-    base, plain, other = (
-        _footprint(stock, model.dtype, prompt_tokens) for stock in (plan.base, plan.plain, plan.other)
-    )
+    base, plain = (footprint(stock, model.dtype, prompt_tokens) for stock in (plan.base, plan.plain))
+    other = plan.other and footprint(plan.other, model.dtype, prompt_tokens)
     return ExportReport(base, plain, other, cached_tokens, prompt_tokens)
 
 
@@ -155,13 +153,10 @@ def _plan_of(model: PeftModel | PreTrainedModel, duplicate_kv_heads: bool, cache
     return plan
 
 
-def _footprint(stock: StockModel | None, dtype: torch.dtype, prompt_tokens: int) -> Footprint | None:
+def footprint(stock: StockModel, dtype: torch.dtype, prompt_tokens: int) -> Footprint:
     """Counted on an empty instance, so that models without weights here are counted as the one with them."""
-    if stock is None:
-        return None
-    with init_empty_weights():
+    with torch.device("meta"):
         empty = stock.model_class(stock.config)
-    empty.tie_weights()  # out here: that context makes a new parameter of every one that is set
     parameters = empty.num_parameters()
     shape = head_shape(stock.config)
     return Footprint(
@@ -172,17 +167,21 @@ def _footprint(stock: StockModel | None, dtype: torch.dtype, prompt_tokens: int)
         parameters=parameters,
         parameter_bytes=parameters * dtype.itemsize,
         kv_bytes_per_token=kv_cache_bytes_per_token(stock.config, dtype),
-        prefill_flops_per_token=_prefill_flops_per_token(empty, prompt_tokens),
+        prefill_flops_per_token=prefill_flops_per_token(empty, prompt_tokens),
     )
 
 
-def _prefill_flops_per_token(model: PreTrainedModel, prompt_tokens: int) -> int:
-    """See `Footprint`."""
-    head, weights = model.get_output_embeddings(), 0
-    for module in model.modules():
-        # The head runs once per prompt, for its last token.
-        if isinstance(module, nn.Linear) and module is not head:
-            weights += module.weight.numel()
+def prefill_flops_per_token(model: PreTrainedModel, prompt_tokens: int) -> int:
+    """See `Footprint`; of a plain model, with weights or without."""
     shape = head_shape(model.config)
     attention = 2 * shape.num_attention_heads * shape.head_dim * (prompt_tokens + 1)
-    return 2 * weights + model.config.num_hidden_layers * attention
+    return 2 * linear_weights(model) + model.config.num_hidden_layers * attention
+
+
+def linear_weights(model: PreTrainedModel) -> int:
+    """Numbers in the weights of all linear layers but the head, which runs once per prompt, for its last token."""
+    head, weights = model.get_output_embeddings(), 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            weights += module.weight.numel()
+    return weights

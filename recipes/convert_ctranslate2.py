@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from asymgqa_peft.mistakes import model_called
 from recipes.convert_gguf import longrope, single_factors
 
 
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write")
     parser.add_argument("--quantization", help="of the weights, as for ct2-transformers-converter")
     args = parser.parse_args(arguments)
+    if not (args.checkpoint / "config.json").is_file():
+        raise SystemExit(f"{model_called(str(args.checkpoint))}: it holds no config.json.")
     convert(args.checkpoint, args.output, args.quantization)
 
 

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import AutoPeftModelForCausalLM
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import asymgqa_peft  # noqa: F401  (registers the method with PEFT)
 from asymgqa_peft.evaluate import (
@@ -33,7 +32,8 @@ from asymgqa_peft.evaluate import (
     strided_windows,
 )
 from asymgqa_peft.files import save_json
-from recipes.folders import check_writable, in_one_line, model_called
+from recipes.folders import check_writable
+from recipes.inputs import checked_model, is_adapter, load_tokenizer
 from recipes.reporting import print_report, provenance
 
 if TYPE_CHECKING:
@@ -45,12 +45,15 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output:
         check_writable(args.output.parent)
     tasks = find_tasks(args) if args.tasks else None
-    with in_one_line(model_called(args.models[0])):
-        tokenizer = AutoTokenizer.from_pretrained(args.models[0])
+    check_models(args)
+    tokenizer = load_tokenizer(args.models[0])
     batches = []
     if args.text:
         documents = islice(read_documents(args.text), args.max_documents)
-        batches = list(strided_windows(documents, tokenizer, args.length, args.stride, args.batch_size))
+        windows = strided_windows(
+            documents, tokenizer, args.length, args.stride, args.batch_size, max_tokens=args.max_tokens
+        )
+        batches = list(windows)
     reference, rows = None, []
     for name in args.models:
         model = load_model(name, args)
@@ -62,6 +65,17 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output:
         save_json(args.output, {**provenance(args.device), "settings": settings, "rows": rows})
     print_report(rows, args.device, settings=settings)
+
+
+def check_models(args: argparse.Namespace) -> None:
+    """Exit, before the first is measured, if a model is none or cannot be compared with the first."""
+    first, *others = [(name, checked_model(name)) for name in args.models]
+    for name, config in others:
+        if args.text and config.vocab_size != first[1].vocab_size:
+            raise SystemExit(
+                f"{name} has a vocabulary of {config.vocab_size}, {first[0]} one of {first[1].vocab_size}: on other "
+                "tokens neither perplexity nor KL can be compared. Measure them by themselves."
+            )
 
 
 def measure(
@@ -134,9 +148,7 @@ def find_tasks(args: argparse.Namespace) -> TaskManager:
 
 def load_model(name: str, args: argparse.Namespace) -> nn.Module:
     """A checkpoint, or an adapter on the base that it names."""
-    with in_one_line(model_called(name)):
-        adapter = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
-    loader = AutoModelForCausalLM if adapter is None else AutoPeftModelForCausalLM
+    loader = AutoPeftModelForCausalLM if is_adapter(name) else AutoModelForCausalLM
     return loader.from_pretrained(name, dtype=args.dtype).to(args.device).eval()
 
 
@@ -145,9 +157,16 @@ def read_documents(files: list[str]) -> Iterator[str]:
     for path in map(Path, files):
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as lines:
-                yield from (json.loads(line)["text"] for line in lines if line.strip())
+                yield from (text_of(json.loads(line), path) for line in lines if line.strip())
         else:
             yield path.read_text(encoding="utf-8")
+
+
+def text_of(row: dict, path: Path) -> str:
+    """A row's text; exits where there is none."""
+    if "text" not in row:
+        raise SystemExit(f'--text {path}: a line has {sorted(row)} and no "text": rename the column.')
+    return row["text"]
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -162,6 +181,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         "--text", nargs="+", metavar="FILE", help=".txt (one document) or .jsonl files (a document per line)"
     )
     text.add_argument("--max-documents", type=int, metavar="N", help="read the first N documents only")
+    text.add_argument("--max-tokens", type=int, metavar="N", help="read the first N tokens only, over all documents")
     text.add_argument("--length", type=int, default=1024, help="tokens in a window (default %(default)s)")
     text.add_argument("--stride", type=int, help="new tokens in a window (default: half of --length)")
     speed = parser.add_argument_group("decode speed")

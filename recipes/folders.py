@@ -40,22 +40,6 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def in_one_line(subject: str) -> Iterator[None]:
-    """Exit with the message alone, no traceback, where the user's input is at fault."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{subject}: {error}") from error
-
-
-def model_called(name: str) -> str:
-    """A model's name for an error message, which shows that a folder was looked for first."""
-    if Path(name).exists():
-        return name
-    return f"{name} is no folder here, and as a repository"
-
-
-@contextmanager
 def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
     """An empty folder beside `folder`, which takes its place at the end, whole or not at all."""
     if folder.exists():

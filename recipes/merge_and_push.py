@@ -19,14 +19,16 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from asymgqa_peft import AsymGQAConfig, InitializationReport, export_report
 from asymgqa_peft.card import Conversion, base_licence, model_card
 from asymgqa_peft.hub import check_push_target, name_base, push_folder, save_merged, write_card
+from asymgqa_peft.mistakes import in_one_line, model_called
 from asymgqa_peft.published import check_files
-from recipes.folders import in_one_line, model_called, replacing
+from recipes.folders import replacing
+from recipes.inputs import checked_base
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -80,7 +82,8 @@ def publish(args: Options) -> None:
     card = card_arguments(args)
     with replacing(args.output, args.overwrite) as folder:
         if args.push:
-            check_push_target(args.push, private=not args.public, exist_ok=args.exist_ok)
+            with in_one_line(f"--push {args.push}"):
+                check_push_target(args.push, private=not args.public, exist_ok=args.exist_ok)
         config = load_adapter_config(args.adapter)
         write = write_adapter if args.adapter_only else write_merged
         write(folder, config, args, name=args.push or args.output.name, **card)
@@ -92,6 +95,7 @@ def publish(args: Options) -> None:
 def write_merged(folder: Path, config: AsymGQAConfig, args: Options, name: str, **card) -> None:
     """Load base and adapter, merge, save, tell what that saves."""
     source = base_source(config, args)
+    checked_base(source, base_revision(config, args), args.adapter)
     base = AutoModelForCausalLM.from_pretrained(source, revision=base_revision(config, args), dtype=args.dtype)
     model = PeftModel.from_pretrained(base, args.adapter)
     plain = model.merge_and_unload(
@@ -111,7 +115,7 @@ def write_adapter(folder: Path, config: AsymGQAConfig, args: Options, name: str,
     source = base_source(config, args)
     if args.push and not args.base_model and Path(source).exists():
         raise SystemExit(f"--push {args.push}: the base {source} is a folder: name its repository with --base-model.")
-    base = AutoConfig.from_pretrained(source, revision=base_revision(config, args))
+    base = checked_base(source, base_revision(config, args), args.adapter)
     conversion = Conversion.from_configs(config, base, base_model=args.base_model)
     adapter = Path(args.adapter)
     if not adapter.exists():
@@ -187,9 +191,15 @@ def copy_sentencepiece(source: str, revision: str | None, folder: Path) -> None:
 
 def card_arguments(args: Options) -> dict:
     """What the card is told beside the adapter's own facts."""
-    evaluation = json.loads(args.evaluation.read_text()) if args.evaluation else None
+    evaluation = report = None
+    if args.evaluation:
+        with in_one_line("--evaluation"):
+            evaluation = json.loads(args.evaluation.read_text(encoding="utf-8"))
+    if args.report:
+        with in_one_line("--report"):
+            report = InitializationReport.load(args.report)
     return {
-        "report": InitializationReport.load(args.report) if args.report else None,
+        "report": report,
         "evaluation": evaluation["rows"] if isinstance(evaluation, dict) else evaluation,
         "calibration_data": args.calibration_data,
         "recovery_data": args.recovery_data,

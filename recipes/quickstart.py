@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
+import datasets
 import torch
+import transformers
 from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import save_file
@@ -27,6 +32,7 @@ from recipes.folders import replacing
 from recipes.reporting import print_report
 from recipes.stdlib_text import held_out_texts, token_blocks, training_texts, validation_texts
 
+START = time.monotonic()
 RECIPES = Path(__file__).parent
 CLASSIC = "classic GQA (neighbour, mean, SFT)"
 OURS = "asymmetric, principal, refit, distilled"
@@ -37,7 +43,9 @@ LEARNING_RATES = {CLASSIC: 2e-3, OURS: 5e-4}
 
 def main() -> None:
     args = parse_args()
+    quieten()
     set_seed(args.seed)
+    stage("Nothing is downloaded: the model and Python's standard library, its text, are here. Tokenising the text")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train = shuffled(token_blocks(training_texts(), tokenizer, args.block_size), args.seed)
     calibration = token_blocks(validation_texts(), tokenizer, args.block_size)
@@ -49,26 +57,42 @@ def main() -> None:
     held_out_file = args.output / "held_out.safetensors"
     save_file({"blocks": held_out}, held_out_file)
 
+    stage(f"The base: measuring it on {held_out.numel():,} tokens, and how fast it decodes")
     rows = [row("MHA (the base)", serve(args.model, held_out_file))]
     for arm in (CLASSIC, OURS):
-        print(f"\n== {arm}", flush=True)
+        stage(f"{arm}: wrapping the base")
         model = wrap(arm, args)
         if arm == OURS:
+            stage(f"{arm}: choosing groups and merging heads, from {calibration.numel():,} tokens")
             report = initialize_asymgqa_weights(model, calibration.split(8))
             report.save(args.output / "initialization.json")
             picture, _ = plot_groups(report, args.output / "groups")
             print(f"The groups of every layer are drawn in {picture}")
         before = perplexity(model, held_out.split(8))
+        stage(f"{arm}: recovering from perplexity {before:.4g}, {args.steps} steps")
         recover(model, tokenizer, train, arm, args)
+        stage(f"{arm}: merging into a plain checkpoint, and measuring that without this package")
         folder = args.output / FOLDERS[arm]
         with replacing(folder, overwrite=True) as beside:
             model.merge_and_unload().save_pretrained(beside)
             tokenizer.save_pretrained(beside)
         rows.append(row(arm, serve(folder, held_out_file), before))
 
-    print()
+    stage("Done")
     print_report(rows, seed=args.seed, recovery_tokens=args.steps * args.batch_size * args.train_length)
     print(f"The plain checkpoint lies in {folder}")
+
+
+def stage(text: str) -> None:
+    """Say what begins, and how long after the start."""
+    print(f"[{time.monotonic() - START:4.0f} s] {text}", flush=True)
+
+
+def quieten() -> None:
+    """Leave out what libraries tell each other and what is over at once: bars of short work, names to come."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def wrap(arm: str, args: argparse.Namespace) -> torch.nn.Module:
@@ -84,9 +108,7 @@ def wrap(arm: str, args: argparse.Namespace) -> torch.nn.Module:
         task_type="CAUSAL_LM",
         **choices,
     )
-    model = get_peft_model(base, config)
-    model.print_trainable_parameters()
-    return model
+    return get_peft_model(base, config)
 
 
 def recover(model, tokenizer, blocks: torch.Tensor, arm: str, args: argparse.Namespace) -> None:
@@ -104,7 +126,7 @@ def recover(model, tokenizer, blocks: torch.Tensor, arm: str, args: argparse.Nam
             warmup_steps=args.steps // 20,
             max_length=args.train_length,
             gradient_checkpointing=False,
-            logging_steps=max(1, args.steps // 10),
+            logging_strategy="no",
             save_strategy="no",
             report_to=[],
             bf16=False,
@@ -122,7 +144,8 @@ def serve(model: Path | str, held_out_file: Path) -> dict:
     """Measure a plain checkpoint in a process that never imports this package."""
     # A process of its own, so that nothing of this package is loaded there.
     command = [sys.executable, str(RECIPES / "serve_plain.py"), str(model), "--blocks", str(held_out_file)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    quiet = os.environ | {"TQDM_DISABLE": "1"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source recipes/environment.sh
 make_environment plot
-exec env HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false "$PYTHON" recipes/quickstart.py "$@"
+exec env HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false "$PYTHON" -m recipes.quickstart "$@"

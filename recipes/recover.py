@@ -15,12 +15,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 from transformers.integrations import is_fsdp_enabled, unset_hf_deepspeed_config
 from trl import SFTConfig, TrlParser
 
@@ -28,9 +30,11 @@ from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, InitializationReport, in
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
 from asymgqa_peft.files import save_json
 from asymgqa_peft.hub import check_push_target
+from asymgqa_peft.mistakes import in_one_line, message_of, model_called
 from recipes import merge_and_push
 from recipes.checkpoints import checkpoint_bytes, checkpoint_to_resume, held_bytes, is_finished
-from recipes.folders import check_space, check_writable, in_one_line, model_called, replacing
+from recipes.folders import check_space, check_writable, replacing
+from recipes.inputs import load_tokenizer
 from recipes.reporting import print_report
 
 
@@ -43,6 +47,7 @@ class ConversionArguments:
         metadata={"help": "Training text: a .txt, .json or .jsonl file, or a Hub id[:configuration]."}
     )
     num_key_value_heads: int = field(metadata={"help": "G, shared K/V heads per layer."})
+    head_dim: int | None = field(default=None, metadata={"help": "Width of a shared head; default: the base's."})
     dataset_split: str = field(
         default="train", metadata={"help": "Split of the data set; its last rows are held out."}
     )
@@ -81,13 +86,7 @@ INITIALIZATION, EVALUATION = "initialization.json", "evaluation.json"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    with in_one_line("options"):
-        args, training = TrlParser((ConversionArguments, SFTConfig)).parse_args_and_config(arguments)
-        if training.n_gpu > 1:
-            raise ValueError(
-                f"{training.n_gpu} GPUs are visible to one process: start with `accelerate launch` or `torchrun`, or "
-                "make one visible (CUDA_VISIBLE_DEVICES=0)."
-            )
+    args, training = parse_options(arguments)
     # Else ZeRO-3 would shard, on loading, weights that the initialisation has to read.
     unset_hf_deepspeed_config()
     output = check_writable(training.output_dir)
@@ -99,12 +98,13 @@ def main(arguments: list[str] | None = None) -> None:
     # Here a base is found out that does not exist, or that the options do not fit.
     with in_one_line(model_called(args.model_name_or_path)):
         needed = bytes_to_write(args, training)
+    tokenizer = load_tokenizer(args.model_name_or_path)
     check_space(output, needed - held_bytes(output))
     # LoRA starts at random.
     set_seed(training.seed)
     # On return no model is left: the merge loads the base afresh, since a 4-bit or sharded one could not hold the
     # new heads.
-    rows = recover(args, training, checkpoint, output)
+    rows = recover(args, training, tokenizer, checkpoint, output)
     leave_process_group(training)
     if training.process_index == 0:
         save_json(output / EVALUATION, rows)
@@ -113,10 +113,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"The adapter lies in {output / 'adapter'}, all numbers beside it.")
 
 
-def recover(args: ConversionArguments, training: SFTConfig, checkpoint: Path | None, output: Path) -> list[dict]:
+def recover(
+    args: ConversionArguments, training: SFTConfig, tokenizer, checkpoint: Path | None, output: Path
+) -> list[dict]:
     """Make the adapter or load the checkpoint's, train it, save it in `output`; rows of the evaluation."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    with training.main_process_first(desc="reading the data"):
+    with training.main_process_first(desc="reading the data"), in_one_line(f"dataset={args.dataset!r}"):
         data = load_data(args, training, tokenizer)
     if checkpoint:
         model, report, rows = resume(checkpoint, args, training)
@@ -138,6 +139,25 @@ def recover(args: ConversionArguments, training: SFTConfig, checkpoint: Path | N
     return rows
 
 
+def parse_options(arguments: list[str] | None) -> tuple[ConversionArguments, SFTConfig]:
+    """Of the command line and its --config; exits in one line where they are wrong or this machine cannot do it."""
+    with in_one_line("options"):
+        try:
+            args, training = TrlParser((ConversionArguments, SFTConfig)).parse_args_and_config(arguments)
+        except ValueError as error:
+            if "bf16/gpu" not in str(error):
+                raise
+            raise ValueError("bf16 needs a GPU that has it; on a CPU add --bf16 false --use_cpu true.") from error
+    if args.load_in_4bit and find_spec("bitsandbytes") is None:
+        raise SystemExit("load_in_4bit needs bitsandbytes: pip install -e '.[quant]'")
+    if training.n_gpu > 1:
+        raise SystemExit(
+            f"{training.n_gpu} GPUs are visible to one process: start with `accelerate launch` or `torchrun`, or make "
+            "one visible (CUDA_VISIBLE_DEVICES=0)."
+        )
+    return args, training
+
+
 def check_hub_targets(args: ConversionArguments) -> None:
     """Find out before any work whether the pushes at the end can succeed."""
     if args.hub_adapter_id and Path(args.model_name_or_path).exists():
@@ -148,7 +168,8 @@ def check_hub_targets(args: ConversionArguments) -> None:
         )
     for repo_id in (args.hub_adapter_id, args.hub_merged_id):
         if repo_id:
-            check_push_target(repo_id)
+            with in_one_line(f"pushing to {repo_id}"):
+                check_push_target(repo_id)
 
 
 def check_dataset(name: str) -> None:
@@ -163,6 +184,11 @@ def check_dataset(name: str) -> None:
 def bytes_to_write(args: ConversionArguments, training: SFTConfig) -> int:
     """What the run will have on disk at its fullest moment; from the base's configuration alone."""
     config = AutoConfig.from_pretrained(args.model_name_or_path)
+    if training.max_length > config.max_position_embeddings:
+        raise ValueError(
+            f"max_length={training.max_length} is more than the {config.max_position_embeddings} tokens that it "
+            "takes: lower --max_length."
+        )
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
         base_parameters = base.num_parameters()
@@ -185,7 +211,8 @@ def initialise(args: ConversionArguments, training: SFTConfig, data: Data) -> St
     model = get_peft_model(load_base(args, training), adapter_config(args, training))
     # The ranks' statistics are summed: together they read all batches once.
     batches = data.calibration.split(args.calibration_batch_size)[training.process_index :: training.world_size]
-    report = initialize_asymgqa_weights(model, batches, progress=training.process_index == 0)
+    with in_one_line(f"initialisation on dataset={args.dataset!r}"):
+        report = initialize_asymgqa_weights(model, batches, progress=training.process_index == 0)
     held_out = data.held_out.split(args.calibration_batch_size)
     with model.disable_adapter():
         before = perplexity(model, held_out)
@@ -204,7 +231,16 @@ def resume(checkpoint: Path, args: ConversionArguments, training: SFTConfig) -> 
     if missing:
         raise SystemExit(f"{run} lacks {', '.join(missing)}: {checkpoint.name} is not of this recipe.")
     saved, wanted = PeftConfig.from_pretrained(checkpoint), adapter_config(args, training)
-    for name in ("num_key_value_heads", "grouping", "criterion", "merge", "max_group_size", "r", "lora_alpha"):
+    for name in (
+        "num_key_value_heads",
+        "head_dim",
+        "grouping",
+        "criterion",
+        "merge",
+        "max_group_size",
+        "r",
+        "lora_alpha",
+    ):
         before, now = getattr(saved, name, None), getattr(wanted, name)
         if before != now:
             raise SystemExit(
@@ -308,6 +344,7 @@ def load_base(args: ConversionArguments, training: SFTConfig) -> torch.nn.Module
 def adapter_config(args: ConversionArguments, training: SFTConfig) -> AsymGQAConfig:
     return AsymGQAConfig(
         num_key_value_heads=args.num_key_value_heads,
+        head_dim=args.head_dim,
         grouping=args.grouping,
         criterion=args.criterion,
         merge=args.merge,
@@ -328,9 +365,13 @@ def load_data(args: ConversionArguments, training: SFTConfig, tokenizer) -> Data
         rows = Dataset.from_dict({"input_ids": blocks.tolist()})
     else:
         rows = read_rows(args.dataset, args.dataset_split)
+        check_columns(rows, training, tokenizer)
     held_out = max(1, int(len(rows) * args.held_out_fraction))
     if held_out >= len(rows):
-        raise ValueError(f"dataset={args.dataset!r} has {len(rows)} rows: too few to hold one out and train.")
+        raise ValueError(
+            f"{len(rows)} rows, or sequences of max_length={training.max_length} tokens, are too few to hold one out "
+            "and train: give more text, or lower --max_length."
+        )
     # The last rows are held out: calibration and training never see them.
     kept, rest = rows.select(range(len(rows) - held_out)), rows.select(range(len(rows) - held_out, len(rows)))
     wanted = args.calibration_tokens // training.max_length
@@ -339,21 +380,47 @@ def load_data(args: ConversionArguments, training: SFTConfig, tokenizer) -> Data
 
 
 def read_rows(name: str, split: str) -> Dataset:
-    if name.endswith((".json", ".jsonl")):
-        return load_dataset("json", data_files=name, split=split)
     path, _, configuration = name.partition(":")
-    return load_dataset(path, configuration or None, split=split)
+    options = {"path": path, "name": configuration or None}
+    if name.endswith((".json", ".jsonl")):
+        options = {"path": "json", "data_files": name}
+    try:
+        return load_dataset(**options, split=split)
+    except DatasetGenerationError as error:
+        raise ValueError(message_of(error.__cause__ or error)) from error
+
+
+def check_columns(rows: Dataset, training: SFTConfig, tokenizer) -> None:
+    """Raise ValueError unless TRL and `tokens_of` know where the text is, and how chats are written."""
+    columns = set(rows.column_names)
+    known = {"input_ids", "messages", training.dataset_text_field} & columns
+    if not known and not {"prompt", "completion"} <= columns:
+        raise ValueError(
+            f"of its columns {sorted(columns)} none is known: name that of the text with --dataset_text_field, or "
+            "call them messages (chats), or prompt and completion."
+        )
+    is_chat = "messages" in columns or ("prompt" in columns and not isinstance(rows[0]["prompt"], str))
+    if "input_ids" not in columns and is_chat and tokenizer.chat_template is None:
+        raise ValueError(
+            "it holds chats, and the base's tokenizer has no chat template: take the instruction-tuned model's "
+            "tokenizer files, or text."
+        )
 
 
 def tokens_of(rows: Dataset, training: SFTConfig, tokenizer) -> Iterator[list[int]]:
-    """Token ids of each row, closed by the end-of-text token."""
+    """Token ids of each row; a text is closed by the end-of-text token."""
     for row in rows:
         if "input_ids" in row:
             yield row["input_ids"]
-        elif "messages" in row:
-            yield tokenizer(tokenizer.apply_chat_template(row["messages"], tokenize=False)).input_ids
+            continue
+        text = row.get("messages") or row.get(training.dataset_text_field)
+        if text is None:
+            # Two strings, or two lists of messages.
+            text = row["prompt"] + row["completion"]
+        if isinstance(text, str):
+            yield [*tokenizer(text).input_ids, tokenizer.eos_token_id]
         else:
-            yield [*tokenizer(row[training.dataset_text_field]).input_ids, tokenizer.eos_token_id]
+            yield tokenizer(tokenizer.apply_chat_template(text, tokenize=False)).input_ids
 
 
 def into_blocks(documents: Iterable[list[int]], size: int, count: int | None = None) -> torch.Tensor:
@@ -366,7 +433,10 @@ def into_blocks(documents: Iterable[list[int]], size: int, count: int | None = N
             break
     blocks = torch.tensor(tokens[: len(tokens) // size * size]).view(-1, size)
     if len(blocks) == 0:
-        raise ValueError(f"dataset holds {len(tokens)} tokens, less than one sequence of max_length={size}.")
+        raise ValueError(
+            f"{len(tokens)} tokens are less than one sequence of max_length={size}: give more text, or lower "
+            "--max_length."
+        )
     return blocks[:count]
 
 

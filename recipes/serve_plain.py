@@ -54,7 +54,11 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded for the speed")
     args = parser.parse_args()
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise SystemExit(f"{args.model}: {message} A run's plain checkpoint lies in its plain/.") from error
     blocks = load_file(args.blocks)["blocks"]
     prompts = blocks[: args.batch_size, : blocks.shape[1] - args.new_tokens]
     speed, cache = decode(model, prompts, args.new_tokens)

@@ -72,11 +72,28 @@ def test_the_readme_of_a_package_index_points_to_nothing_beside_it():
     assert not beside.search(text)
 
 
-@pytest.mark.parametrize("path", ["README.md", "recipes/METHOD.md", "recipes/benchmarks/README.md", "CONTRIBUTING.md"])
-def test_links_lead_to_files_that_exist(path):
+DOCUMENTS = [path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_links_lead_to_files_and_headings_that_exist(path):
     document = ROOT / path
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
-        assert (document.parent / target).exists(), target
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text(encoding="utf-8")):
+        there = document.parent / target if target else document
+        assert there.exists(), target
+        assert not heading or heading in headings(there), f"{target}#{heading}"
+
+
+def headings(document: Path) -> set[str]:
+    """Names of a document's headings in links, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_documents_are_found():
+    assert {"README.md", "CONTRIBUTING.md", "recipes/RESULTS.md", "recipes/LOG.md", "recipes/ENGINES.md"} <= {
+        *DOCUMENTS
+    }
 
 
 def test_the_workflow_runs_the_suite_as_a_contributor_does():

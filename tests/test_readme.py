@@ -1,4 +1,4 @@
-"""Every code block of the README runs or parses."""
+"""Every code block of the README, and of what it leads to, runs or parses."""
 
 import re
 import subprocess
@@ -7,30 +7,47 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def blocks(language: str) -> list[str]:
-    found = [code for name, code in BLOCKS if name == language]
-    assert found, f"the README has no {language} block"
+def blocks(document: str, language: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert found, f"{document} has no {language} block"
     return found
 
 
-def test_only_languages_that_are_tested():
-    assert {language for language, _ in BLOCKS} <= {"python", "bash"}
+def test_it_is_read_in_a_few_minutes():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("document", ["README.md", "recipes/README.md"])
+def test_only_languages_that_are_tested(document):
+    assert set(re.findall(r"^```(\w+)$", (ROOT / document).read_text(), flags=re.MULTILINE)) <= {"python", "bash"}
+
+
+def test_python_runs_with_the_recovery_in_its_place(tmp_path, monkeypatch):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
+    (code,), (recovery,) = blocks("README.md", "python"), blocks("recipes/README.md", "python")
+    initialised, save, merge = code.partition("model.save_pretrained")
+    assert save
     namespace: dict = {}
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), namespace)
+    for part in (initialised, recovery, save + merge):
+        exec(compile(part, "README.md", "exec"), namespace)
+    assert namespace["trainer"].state.global_step == 2
     assert namespace["plain"].config.num_key_value_heads < namespace["base"].config.num_attention_heads
     assert (tmp_path / "out" / "plain" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("code", blocks("bash"))
+BASH = [
+    *blocks("README.md", "bash"),
+    *blocks("recipes/README.md", "bash"),
+    *blocks("recipes/RESULTS.md", "bash"),
+    *blocks("recipes/ENGINES.md", "bash"),
+]
+
+
+@pytest.mark.parametrize("code", BASH)
 def test_bash_blocks_parse_and_name_files_that_exist(code):
     subprocess.run(["bash", "-n"], input=code, text=True, check=True)
     for script in re.findall(r"(?:bash|python3?) ((?:recipes|tests)/\S+)", code):

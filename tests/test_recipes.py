@@ -1,8 +1,10 @@
 """The recipes run: quickstart and a recovery on the bundled model, made small; every configuration parses."""
 
 import json
+import re
 import shlex
 import subprocess
+import sys
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 import yaml
 from models import LLAMA3_ROPE
 from peft import AutoPeftModelForCausalLM
-from recovery_runs import LENGTH, RECIPES, TEXT, losses, run, save_base, save_text, small
+from recovery_runs import ENVIRONMENT, LENGTH, RECIPES, TEXT, losses, run, save_base, save_text, small
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from trl import SFTConfig, TrlParser
@@ -42,10 +44,17 @@ def test_every_recipe_is_a_module_of_the_package():
 
 
 def test_quickstart_prints_three_measured_rows_twice_in_a_row(tmp_path):
+    """And a line per stage, but nothing that a library warns of."""
     small = "--steps 1 --batch-size 2 --train-length 64 --block-size 128 --calibration-blocks 8 --held-out-blocks 4"
+    command = [sys.executable, "-m", "recipes.quickstart", "--output", str(tmp_path), *small.split()]
     for _ in range(2):
-        lines = run("quickstart.py", "--output", str(tmp_path), *small.split()).splitlines()
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = done.stdout.splitlines()
         assert lines[-1] == f"The plain checkpoint lies in {tmp_path / 'plain'}"
+    stages = [line for line in lines if re.match(r"\[ *\d+ s\] ", line)]
+    assert len(stages) == 10 and "Nothing is downloaded" in stages[0] and "measuring it on 512 tokens" in stages[1]
+    assert "warn" not in done.stderr.lower() and "fail" not in done.stderr.lower()
     rows = json.loads(lines[-2])["rows"]
     assert [row["KV heads"] for row in rows] == [16, 4, 4]
     assert rows[2]["KV bytes/token"] * 4 == rows[0]["KV bytes/token"]
@@ -143,6 +152,41 @@ def test_shell_recipes_parse(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+@pytest.mark.parametrize(
+    ("reaches", "says", "index"),
+    [
+        (0, "torch (0.2 GB)", " --extra-index-url https://download.pytorch.org/whl/cpu"),
+        (1, "torch (with CUDA up to", ""),
+    ],
+)
+def test_an_installation_says_how_much_before_it_downloads(reaches, says, index, tmp_path):
+    """A Python that makes no environment but writes down what it is asked for, on a Linux without GPU."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+echo "$*" >> {tmp_path}/asked
+case $1 in -c) [[ $2 != *urlopen* ]] || exit {reaches} ;; esac
+if [[ $2 == venv ]]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
+"""
+    )
+    python.chmod(0o755)
+    (tmp_path / "uname").write_text("#!/bin/sh\necho Linux\n")
+    (tmp_path / "uname").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON3": str(python), "ASYMGQA_VENV": str(tmp_path / "venv")}
+    script = f"source {RECIPES}/environment.sh; make_environment plot"
+    done = subprocess.run(
+        ["bash", "-euc", script], env=environment, capture_output=True, text=True, cwd=RECIPES.parent
+    )
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout and done.stdout.index(says) < done.stdout.index("transformers, peft, trl")
+    asked = (tmp_path / "asked").read_text().splitlines()
+    installs = [line for line in asked if "pip install" in line]
+    assert installs == [
+        f"-m pip install --quiet torch==2.13.0{index}",
+        "-m pip install --quiet --editable .[plot]",
+    ]
+
+
 def test_an_unwritable_output_is_told_before_anything_is_loaded(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="cannot be written"):
@@ -164,7 +208,7 @@ def test_an_adapter_that_nobody_could_load_is_told_before_anything_is_loaded(tmp
 )
 def test_an_unreadable_file_is_told_before_anything_is_loaded(name, message, tmp_path, monkeypatch):
     (tmp_path / "book.md").write_text("Text.")
-    monkeypatch.setattr(recover.AutoTokenizer, "from_pretrained", lambda name: pytest.fail(f"{name} was loaded"))
+    monkeypatch.setattr(recover, "load_tokenizer", lambda name: pytest.fail(f"{name} was loaded"))
     with pytest.raises(SystemExit, match=f"dataset=.*{name}.*{message}"):
         recover.main(small(RECIPES / "tiny_model", tmp_path / name, tmp_path / "out"))
 

@@ -1,0 +1,239 @@
+"""The plan of a conversion: what it says is what converting gives, what it estimates is near what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import serving
+from models import CASES, config_of, random_model, stock, tiny_config
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from trl import SFTConfig, TrlParser
+
+from asymgqa_peft.__main__ import main
+from asymgqa_peft.engines import ENGINES
+from asymgqa_peft.estimates import CARDS, activation_bytes, estimate, training_flops_per_token
+from asymgqa_peft.evaluate import kv_cache_bytes_per_token
+from asymgqa_peft.families import FAMILIES
+from asymgqa_peft.heads import HeadShape
+from asymgqa_peft.planner import candidates, plan
+from recipes import recover
+
+ROOT = Path(__file__).parents[1]
+OF_EACH_FAMILY = {CASES[name].model_type: name for name in reversed(CASES) if CASES[name].kv_heads == 8}
+LLAMA_2_7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+    "dtype": "bfloat16",
+}
+
+
+def saved(config, folder: Path) -> str:
+    """A folder with a configuration and no weights."""
+    config.save_pretrained(folder)
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    return str(folder)
+
+
+def meta_model(config):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def adapter_of(command: str):
+    """The adapter's configuration that recover.py makes of a command of the plan."""
+    script, _, config, *options = shlex.split(command)[1:]
+    assert (ROOT / script).is_file()
+    parser = TrlParser((recover.ConversionArguments, SFTConfig))
+    on_cpu = ["--bf16", "false", "--use_cpu", "true"]
+    args, training = parser.parse_args_and_config(["--config", str(ROOT / config), *options, *on_cpu])
+    return args, training, recover.adapter_config(args, training)
+
+
+def test_every_family_is_planned_or_refused():
+    assert OF_EACH_FAMILY.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", [*sorted(OF_EACH_FAMILY.values()), "llama-gqa", "qwen2-gqa", "phi3-gqa"])
+def test_a_choice_is_what_its_command_makes_of_the_model(name, tmp_path):
+    folder = saved(config_of(CASES[name]), tmp_path)
+    try:
+        found = plan(folder, context=32, batch=3)
+    except ValueError as error:
+        assert not FAMILIES[CASES[name].model_type].grouped and "cache does not shrink" in str(error)
+        return
+    base = stock(name)
+    assert found.base.parameters == base.num_parameters()
+    assert found.base.kv_bytes_per_token == kv_cache_bytes_per_token(base.config, torch.float32)
+    equal = [choice for choice in found.choices if choice.candidate.grouping == "symmetric"]
+    assert equal and found.choices[-1].share < 0.3
+    for choice in found.choices:
+        args, _, adapter = adapter_of(choice.command)
+        assert args.model_name_or_path == folder
+        wanted = choice.candidate
+        assert (adapter.num_key_value_heads, adapter.grouping) == (wanted.num_key_value_heads, wanted.grouping)
+        assert choice.share == choice.plain.kv_bytes_per_token / found.base.kv_bytes_per_token < 1
+        if wanted.grouping == "symmetric":
+            # Neighbours, which an uninitialised adapter has, are equal groups too.
+            adapter.initialized = True
+            plain = get_peft_model(random_model(config_of(CASES[name])), adapter).merge_and_unload()
+            assert type(plain).__name__ == choice.plain.model_class
+            assert plain.num_parameters() == choice.plain.parameters
+            assert kv_cache_bytes_per_token(plain.config, plain.dtype) == choice.plain.kv_bytes_per_token
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "expected"),
+    [
+        (32, 32, 128, "21x128a2 10x256a5 16x128s2 16x128a3 8x256s4 8x128s4 8x128a6 4x256s8 4x128s8 4x128a12 2x256s16"),
+        (32, 8, 128, "3x224a3 5x128a2 4x128s2 2x256s4 2x128s4 1x256s8 1x128s8"),
+        (9, 3, 64, "2x64a2 1x128s3 1x96s3 1x64s3"),
+        (8, 1, 256, ""),
+    ],
+)
+def test_what_makes_sense_for_a_shape(heads, kv_heads, head_dim, expected):
+    found = candidates(HeadShape(4096, heads, kv_heads, head_dim, head_dim))
+    words = [f"{c.num_key_value_heads}x{c.head_dim}{c.grouping[0]}{c.largest_group}" for c in found]
+    assert words == expected.split()
+
+
+def test_unequal_groups_are_counted_with_the_most_slots_they_may_need(tmp_path):
+    """G 2 of K 8: the cap of 6 heads gives 12 slots, equal groups 8."""
+    found = plan(saved(tiny_config("mistral"), tmp_path))
+    (unequal,) = [c for c in found.choices if (c.candidate.num_key_value_heads, c.candidate.largest_group) == (2, 6)]
+    assert unequal.plain.query_slots == 12
+
+
+def test_a_sliding_window_bounds_the_cache(tmp_path):
+    windowed = plan(saved(tiny_config("mistral", sliding_window=6), tmp_path / "windowed"), context=32, batch=3)
+    whole = plan(saved(tiny_config("mistral", sliding_window=None), tmp_path / "whole"), context=32, batch=3)
+    assert windowed.base_cache_bytes == 3 * 6 * windowed.base.kv_bytes_per_token
+    assert whole.base_cache_bytes == 3 * 32 * whole.base.kv_bytes_per_token
+    assert windowed.choices[0].cache_bytes < whole.choices[0].cache_bytes
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=8),
+            "model_type='gpt2' is not supported.*Supported:.*llama",
+        ),
+        (tiny_config("llama", num_key_value_heads=1), "one KV head a layer"),
+        (tiny_config("llama", quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised.*take the"),
+        (tiny_config("phi", qk_layernorm=True), "qk_layernorm=True.*Use a Phi without"),
+    ],
+)
+def test_a_refusal_says_why_in_one_line(config, message, tmp_path):
+    with pytest.raises(SystemExit) as refusal:
+        main(["plan", saved(config, tmp_path)])
+    assert re.search(message, str(refusal.value)) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "is no folder here, and as a repository: "),
+        (lambda folder: (folder / "plain").mkdir(parents=True), "the folder of a run, take .*plain: "),
+        (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{")), "valid JSON"),
+        (lambda folder: (folder.mkdir(), (folder / "config.json").write_text("{}")), "model_type"),
+    ],
+)
+def test_what_holds_no_configuration_is_told_in_one_line(make, message, tmp_path):
+    make(tmp_path / "base")
+    with pytest.raises(SystemExit) as refusal:
+        main(["plan", str(tmp_path / "base")])
+    assert re.search(message, str(refusal.value)) and "\n" not in str(refusal.value)
+
+
+def test_code_of_a_repository_is_not_run(tmp_path):
+    values = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "own.py").write_text("raise SystemError")
+    with pytest.raises(SystemExit, match="trust_remote_code"):
+        main(["plan", str(tmp_path)])
+
+
+def test_only_the_configuration_is_fetched_and_json_holds_the_plan(tmp_path):
+    config = tiny_config("qwen2")
+    folder = tmp_path / "base"
+    saved(config, folder)
+    with serving() as hub:
+        hub.add("me/base", folder)
+        hub.repos["me/base"].files["model.safetensors"] = b"not to be read"
+        environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "asymgqa_peft", "plan", "me/base", "--gpu", "rtx4090", "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    fetched = {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request}
+    assert "config.json" in fetched and "model.safetensors" not in fetched
+    printed, expected = json.loads(done.stdout), plan(str(folder), gpu="rtx4090").to_dict()
+    assert printed["base"] == expected["base"] and len(printed["choices"]) == len(expected["choices"]) > 2
+    for one, other in zip(printed["choices"], expected["choices"], strict=True):
+        assert one.pop("command").replace("me/base", str(folder)) == other.pop("command")
+        assert one == other
+
+
+def test_the_table_has_a_line_and_a_command_for_each_choice(tmp_path, capsys):
+    folder = saved(tiny_config("llama"), tmp_path / "base")
+    main(["plan", folder, "--context", "48", "--batch", "5"])
+    printed = capsys.readouterr().out
+    expected = plan(folder, 48, 5)
+    assert "5 x 48 tokens" in printed and "estimates for one H100" in printed
+    for number, choice in enumerate(expected.choices, 1):
+        assert f"\n{number}: {choice.command}" in printed
+        assert re.search(rf"^{number} .* {choice.plain.kv_bytes_per_token:,} ", printed, flags=re.MULTILINE)
+
+
+def test_estimates_are_near_what_was_measured_on_one_h200():
+    """Of recipes/benchmarks/README.md: "Distillation's cost", "Adapter overhead" and "Conversion"."""
+    sizes = {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    small = meta_model(LlamaConfig(**sizes, num_attention_heads=32, tie_word_embeddings=True, dtype="bfloat16"))
+    trained = 43_450_000
+    peak = small.num_parameters() * 2 + 16 * trained + activation_bytes(small, 8192)
+    assert peak == pytest.approx(4.992 * 2**30, rel=0.03)
+    rate = 8192 * training_flops_per_token(small) / 0.3345
+    llama = meta_model(LlamaConfig(**LLAMA_2_7B))
+    four = meta_model(LlamaConfig(**LLAMA_2_7B | {"num_hidden_layers": 4}))
+    assert four.num_parameters() * 2 + 16 * 5.1e6 + activation_bytes(four, 4096) == pytest.approx(3.94e9, rel=0.05)
+    found = estimate(llama, trained, False, CARDS["h200"])
+    assert found.initialization_hours * 3600 == pytest.approx(54.1, rel=0.01)
+    assert found.recovery_hours * 3600 == pytest.approx(98_304_000 * training_flops_per_token(llama) / rate, rel=0.01)
+    wide = estimate(llama, trained, True, CARDS["h200"])
+    assert wide.initialization_hours * 3600 == pytest.approx(63.5, rel=0.01)
+    assert wide.recovery_hours == pytest.approx(1.05 * found.recovery_hours)
+
+
+def test_a_smaller_card_takes_smaller_batches_then_four_bits_then_nothing():
+    llama, trained = meta_model(LlamaConfig(**LLAMA_2_7B)), 300_000_000
+    large, small = (estimate(llama, trained, False, CARDS[name]) for name in ("a100", "rtx4090"))
+    assert (large.batch_size, small.batch_size) == (4, 2) and not small.load_in_4bit
+    assert small.recovery_hours == pytest.approx(large.recovery_hours * 312 / 165)
+    four_bits = estimate(llama, 600_000_000, False, CARDS["rtx4090"])
+    assert four_bits.load_in_4bit and four_bits.recovery_hours is None
+    assert estimate(llama, 2_000_000_000, False, CARDS["rtx4090"]) is None
+
+
+def test_engines_are_those_of_the_document():
+    """One line per engine and version; the columns of wide heads say "not run" where they were not."""
+    text = (ROOT / "recipes" / "ENGINES.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in text.partition("\n## ")[0].splitlines() if line.startswith("| ")][1:]
+    documented = {}
+    for name, _, _, _, *wide, _, _, needs in rows:
+        recipe = re.search(r"`(recipes/\S+)`", needs)
+        documented[name.strip()] = ("not run" not in "".join(wide), recipe and recipe[1])
+    assert documented == {engine.name: (engine.runs_wide, engine.needs) for engine in ENGINES}
