@@ -3,8 +3,8 @@
 #   bash tests/engines.sh                     lists the engines
 #   bash tests/engines.sh llama.cpp mlx-lm    installs each in an environment of its own, runs it, prints a table
 # Every engine loads four 4:1 exports of the bundled model as the package wrote them (unequal and equal groups, heads as
-# wide as the base's and twice as wide), and the base as a control; logits, greedy tokens, KV heads and token ids are
-# held against the adapter's (tests/engines/compare.py).
+# wide as the base's and twice as wide) in float32, the last in bfloat16 with the engine's defaults too, and the base as
+# a control; logits, greedy tokens, KV heads and token ids are held against the adapter's (tests/engines/compare.py).
 # Environments go to .venv/engines (up to 4 GB each: remove what you no longer want), the rest to out/engines.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -71,7 +71,7 @@ run_engine() {
     echo "== $name: $requirements"
     # shellcheck disable=SC2086  # one word per requirement
     install "$folder" $requirements || return
-    for checkpoint in unequal equal wide-unequal wide-equal base; do
+    for checkpoint in unequal equal wide-unequal wide-equal wide-equal.bfloat16 base; do
         start=$SECONDS
         "$folder/bin/python" tests/engines/compare.py "$name" "$runner" "$OUT/checkpoints/$checkpoint" "$OUT/results"
         echo "$name on $checkpoint: $((SECONDS - start)) s"

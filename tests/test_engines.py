@@ -24,6 +24,7 @@ import table  # noqa: E402
 IDS = [[3, 1, 4], [1, 5]]
 PROMPTS = ["one text", "another"]
 GREEDY = [9, 2, 6]
+MARGINS = [2.0, 0.3, 1.0]  # in bfloat16 the second token may be another, and all that follow
 
 
 class Engine:
@@ -32,7 +33,7 @@ class Engine:
     version = "1.0"
     error, last_error, kv_heads_seen, read, writes = 0.0, 0.0, 4, IDS, False
 
-    def __init__(self, checkpoint: Path, scratch: Path):
+    def __init__(self, checkpoint: Path, scratch: Path, dtype: str):
         self.reference = compare.load_reference(checkpoint)[0]
         assert scratch.is_dir()
         if self.writes:
@@ -56,23 +57,26 @@ class Engine:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(**attributes of an Engine) -> the row that compare.py writes for the checkpoint "ours"."""
+    """run(**attributes of an Engine) -> the row that compare.py writes for a checkpoint, "ours" by default."""
     generator = np.random.default_rng(0)
-    for name in ("ours", "theirs"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"architectures": ["MistralForCausalLM"]}))
+    for name, dtype in {"ours": "float32", "ours.bfloat16": "bfloat16", "theirs": "float32"}.items():
+        config = {"architectures": ["MistralForCausalLM"], "dtype": dtype}
+        saved(tmp_path / name, config)
+        if name == "ours.bfloat16":
+            continue  # of the reference of "ours"
         tensors = {}
         for case, ids in enumerate(IDS):
             logits = generator.standard_normal((len(ids), 11)).astype(np.float32)
-            tensors |= {f"ids.{case}": np.array(ids), f"logits.{case}": logits, f"greedy.{case}": np.array(GREEDY)}
+            tensors |= {f"ids.{case}": np.array(ids), f"logits.{case}": logits}
+            tensors |= {f"greedy.{case}": np.array(GREEDY), f"margins.{case}": np.array(MARGINS)}
         facts = {"prompts": json.dumps(PROMPTS), "kv_heads": "4"}
         save_file(tensors, tmp_path / f"{name}.reference.safetensors", metadata=facts)
 
-    def run_engine(**attributes) -> dict:
+    def run_engine(checkpoint: str = "ours", **attributes) -> dict:
         runner = SimpleNamespace(Engine=type("MadeUp", (Engine,), attributes))
         monkeypatch.setitem(sys.modules, "made_up", runner)
-        right = compare.main("made-up", "made_up", tmp_path / "ours", tmp_path / "results")
-        row = json.loads((tmp_path / "results" / "made-up.ours.json").read_text())
+        right = compare.main("made-up", "made_up", tmp_path / checkpoint, tmp_path / "results")
+        row = json.loads((tmp_path / "results" / f"made-up.{checkpoint}.json").read_text())
         assert right == (row["result"] == "OK")
         return row
 
@@ -84,13 +88,22 @@ def test_an_engine_that_computes_the_reference_passes(run):
     assert row["result"] == "OK"
     assert row["largest logit difference"] == 0 and row["to another model"] > compare.APART
     assert (row["class"], row["KV heads"], row["tokenizer"]) == ("MistralForCausalLM", 4, "same ids")
-    assert run(error=compare.TOLERANCE / 2)["result"] == "OK"
+    assert run(error=compare.TOLERANCES["float32"] / 2)["result"] == "OK"
+
+
+def test_a_bfloat16_checkpoint_is_held_against_the_same_adapter_within_rounding(run):
+    row = run("ours.bfloat16", error=0.2, greedy=lambda self, ids, count: [9, 7, 7][:count])
+    assert row["result"] == "OK" and row["to another model"] > compare.APART
+    assert "logits differ" in run("ours.bfloat16", error=0.3)["result"]
+    assert "other tokens" in run("ours.bfloat16", greedy=lambda self, ids, count: [7, 2, 6][:count])["result"]
+    for options in ({"error": 0.2}, {"greedy": lambda self, ids, count: [9, 7, 7][:count]}):
+        assert run(**options)["result"].startswith("FAIL")
 
 
 @pytest.mark.parametrize(
     ("attributes", "reason"),
     [
-        ({"error": 2 * compare.TOLERANCE}, "logits differ"),
+        ({"error": 2 * compare.TOLERANCES["float32"]}, "logits differ"),
         ({"error": float("nan")}, "logits differ"),
         ({"last_error": float("nan")}, "logits differ"),
         ({"logits": lambda self, ids: self.reference["logits.0"][:1]}, "shape"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from recipes.reporting import print_report
 
-CHECKPOINTS = ("unequal", "equal", "wide-unequal", "wide-equal", "base")
+CHECKPOINTS = ("unequal", "equal", "wide-unequal", "wide-equal", "wide-equal.bfloat16", "base")
 CONTROL = "base"  # not ours: shows what an engine makes of the model before conversion
 COLUMNS = ("engine", "version", "checkpoint", "class", "largest logit difference", "greedy tokens", "KV heads")
 
