@@ -19,6 +19,7 @@ TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS / "engines"))
 
 import compare  # noqa: E402
+import export_classes  # noqa: E402
 import table  # noqa: E402
 
 IDS = [[3, 1, 4], [1, 5]]
@@ -132,11 +133,12 @@ def test_a_tokenizer_is_reported_and_does_not_fail_an_engine(run):
 
 
 def test_the_table_fails_for_an_engine_without_result_but_not_for_the_control(tmp_path, capsys):
-    for checkpoint in table.CHECKPOINTS:
+    checkpoints = ["wide-equal", table.CONTROL]
+    for checkpoint in checkpoints:
         result = "FAIL: logits differ" if checkpoint == table.CONTROL else "OK"
         (tmp_path / f"mlx-lm.{checkpoint}.json").write_text(json.dumps({"engine": "mlx-lm", "result": result}))
-    assert table.main(tmp_path, ["mlx-lm"])
-    assert not table.main(tmp_path, ["mlx-lm", "vllm"])
+    assert table.main(tmp_path, checkpoints, ["mlx-lm"])
+    assert not table.main(tmp_path, checkpoints, ["mlx-lm", "vllm"])
     assert "FAIL: no result" in capsys.readouterr().out
 
 
@@ -240,6 +242,8 @@ def test_every_engine_has_its_runner():
     subprocess.run(["bash", "-n", str(script)], check=True)
     listed = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=True).stdout.split()
     assert {"llama.cpp", "mlx-lm", "ctranslate2", "vllm"} <= set(listed)
+    classes = re.search(r'FOLDER=classes CHECKPOINTS="(.*)"', script.read_text()).group(1).split()
+    assert classes == list(export_classes.EXPORTS)
     named = {word for word in script.read_text().split() if word.startswith("serve_")}
     assert {f"{name}.py" for name in named} == {path.name for path in (TESTS / "engines").glob("serve_*.py")}
     unknown = subprocess.run(["bash", str(script), "unknown"], capture_output=True, text=True)

@@ -49,7 +49,7 @@ SMALLEST_MARGIN = 0.005  # between the two best logits of a greedy step; engines
 def main(folder: Path) -> None:
     folder.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    prompts = [*PROMPTS, tokenizer.decode(tokenizer(held_out_texts()[0]).input_ids[:LONG_PROMPT_TOKENS])]
+    prompts = [*PROMPTS, long_prompt(tokenizer)]
     base = load_base()
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -62,6 +62,10 @@ def main(folder: Path) -> None:
         write_reference(folder / name, model, tokenizer, prompts)
     # What people serve: the engine then computes in what it takes for such a folder.
     merge_and_push.main([str(adapter), "--output", str(folder / f"{name}.bfloat16"), "--dtype", "bfloat16"])
+
+
+def long_prompt(tokenizer) -> str:
+    return tokenizer.decode(tokenizer(held_out_texts()[0]).input_ids[:LONG_PROMPT_TOKENS])
 
 
 def load_base() -> torch.nn.Module:
@@ -86,11 +90,9 @@ def write_reference(checkpoint: Path, model, tokenizer, prompts: list[str]) -> N
         tensors[f"ids.{index}"] = ids[0]
         tensors[f"logits.{index}"] = model(input_ids=ids).logits[0]
         tensors[f"greedy.{index}"], tensors[f"margins.{index}"] = continuation(model, ids)
-    full = sum(len(tensors[f"greedy.{index}"]) == NEW_TOKENS for index in range(len(prompts)))
-    if full < len(prompts) / 2:
-        raise SystemExit(
-            f"{checkpoint.name}: only {full} of {len(prompts)} continuations are decisive, change prompts."
-        )
+    decisive = sum(len(tensors[f"greedy.{index}"]) for index in range(len(prompts)))
+    if decisive < NEW_TOKENS * len(prompts) / 2:
+        raise SystemExit(f"{checkpoint.name}: only {decisive} greedy tokens are decisive, change prompts.")
     facts = {"prompts": json.dumps(prompts), "kv_heads": str(model_kv_heads(model))}
     save_file(tensors, checkpoint.with_name(checkpoint.name + ".reference.safetensors"), metadata=facts)
 
