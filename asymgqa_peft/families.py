@@ -26,6 +26,8 @@ class StandIn:
     splits: dict[str, tuple[str, ...]] = field(default_factory=dict)
     # Whether the other class has q, k and v apart where the source has them fused.
     unfuses: bool = False
+    # Projections that have a bias in the other class only, which is 0: by the ends of their names.
+    adds_bias: tuple[str, ...] = ()
 
     def can_replace(self, config: PretrainedConfig) -> bool:
         """Whether the classes compute the same under this configuration."""
@@ -112,7 +114,10 @@ FAMILIES: dict[str, Family] = {
         padded_as=StandIn("mistral", {"attention_bias": False, "mlp_bias": False}, {"sliding_window": None}),
     ),
     "mistral": Family(),
-    "qwen2": Family(),
+    "qwen2": Family(
+        # Engines take Qwen2's head dimension for hidden_size / num_attention_heads, and Llama's as it is written.
+        padded_as=StandIn("llama", {"use_sliding_window": False}, {"attention_bias": True}, adds_bias=("o_proj",)),
+    ),
     "qwen3": Family(norms_keys=True),
     "gemma": Family(),
     "gemma2": Family(plain_residual=False, scale_in_config=True),

@@ -100,10 +100,15 @@ def _as_stock_model(model: PreTrainedModel, plan: ExportPlan) -> PreTrainedModel
 
 
 def _renamed(tensors: dict[str, Tensor], plan: ExportPlan) -> dict[str, Tensor]:
-    """Tensors under the names of the plain class, which may have in parts what the base has as one."""
-    splits = {} if plan.stand_in is None else plan.stand_in.splits
+    """Tensors under the names of the plain class, which may have parts of the base's tensors, and biases of 0."""
+    splits, adds_bias = {}, ()
+    if plan.stand_in is not None:
+        splits = plan.stand_in.splits
+        adds_bias = tuple(f"{projection}.weight" for projection in plan.stand_in.adds_bias)
     renamed = {}
     for name, tensor in tensors.items():
+        if name.endswith(adds_bias):
+            renamed[name.removesuffix("weight") + "bias"] = tensor.new_zeros(len(tensor))
         ending = next((ending for ending in splits if name.endswith(ending)), None)
         if ending is None:
             renamed[name] = tensor
