@@ -169,7 +169,10 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "mistral": Family(),
-    "qwen2": Family(),
+    "qwen2": Family(
+        # Engines take Qwen2's head dimension for hidden_size / num_attention_heads, and Llama's as it is written.
+        padded_as=StandIn("llama", needs={"use_sliding_window": False}, sets={"attention_bias": True}),
+    ),
     "qwen3": Family(**_HEAD_NORMS),
     "gemma": Family(),
     "gemma2": Family(plain_residual=False, scale_in_config=True),

@@ -115,7 +115,7 @@ def single_factors(config: dict) -> list[float]:
         return parameters["short_factor"]
     raise SystemExit(
         f"This {config['architectures'][0]} has one list of RoPE factors for short inputs and another for long ones, "
-        "or an attention_factor: the converted model could hold neither; serve it with vLLM or transformers."
+        "or an attention_factor: the converted model could hold neither; serve it with transformers or OpenVINO."
     )
 
 

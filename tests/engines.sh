@@ -2,9 +2,10 @@
 # Merged checkpoints in the engines that people serve with:
 #   bash tests/engines.sh                     lists the engines
 #   bash tests/engines.sh llama.cpp mlx-lm    installs each in an environment of its own, runs it, prints a table
+#   bash tests/engines.sh --classes vllm      the same with wide heads of every other class, on random models
 # Every engine loads four 4:1 exports of the bundled model as the package wrote them (unequal and equal groups, heads as
-# wide as the base's and twice as wide), and the base as a control; logits, greedy tokens, KV heads and token ids are
-# held against the adapter's (tests/engines/compare.py).
+# wide as the base's and twice as wide) in float32, the last in bfloat16 with the engine's defaults too, and the base as
+# a control; logits, greedy tokens, KV heads and token ids are held against the adapter's (tests/engines/compare.py).
 # Environments go to .venv/engines (up to 4 GB each: remove what you no longer want), the rest to out/engines.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,6 +13,11 @@ source recipes/environment.sh
 
 NAMES="transformers-oldest transformers-5.23 transformers-newest llama.cpp mlx-lm ctranslate2 openvino onnxruntime vllm"
 OUT=out/engines
+FOLDER=checkpoints CHECKPOINTS="unequal equal wide-unequal wide-equal wide-equal.bfloat16 base"
+if [[ ${1:-} == --classes ]]; then
+    shift
+    FOLDER=classes CHECKPOINTS="qwen2-unequal qwen2-wide gemma-wide gemma2-wide phi-wide olmo-wide phi3-longrope-wide"
+fi
 
 # An engine's module in tests/engines, and all that pip installs for it: the one place of versions.
 engine() {
@@ -32,11 +38,13 @@ engine() {
 
 # Once, and again when the package, the bundled model or the export has changed.
 export_checkpoints() {
-    local stamp=$OUT/checkpoints/done sources="asymgqa_peft recipes/tiny_model recipes/merge_and_push.py tests/engines"
+    local stamp=$OUT/$FOLDER/done script=tests/engines/export.py
+    local sources="asymgqa_peft recipes/tiny_model recipes/merge_and_push.py tests/models.py tests/engines"
     [[ -e $stamp && -z $(find $sources -type f \( -name '*.py' -o -name '*.json' -o -name '*.safetensors' \) \
         ! -name 'serve_*' ! -name compare.py ! -name table.py -newer "$stamp" -print -quit) ]] && return
-    rm -rf "$OUT/checkpoints"
-    "$PYTHON" tests/engines/export.py "$OUT/checkpoints"
+    rm -rf "${OUT:?}/$FOLDER"
+    [[ $FOLDER == checkpoints ]] || script=tests/engines/export_classes.py
+    "$PYTHON" "$script" "$OUT/$FOLDER"
     touch "$stamp"
 }
 
@@ -67,13 +75,13 @@ unpack_llama_cpp() {
 run_engine() {
     local name=$1 folder=$2/$1 start runner requirements checkpoint
     read -r runner requirements <<<"$(engine "$name")"
-    rm -f "$OUT/results/$name".*.json
+    for checkpoint in $CHECKPOINTS; do rm -f "$OUT/results/$name.$checkpoint.json"; done
     echo "== $name: $requirements"
     # shellcheck disable=SC2086  # one word per requirement
     install "$folder" $requirements || return
-    for checkpoint in unequal equal wide-unequal wide-equal base; do
+    for checkpoint in $CHECKPOINTS; do
         start=$SECONDS
-        "$folder/bin/python" tests/engines/compare.py "$name" "$runner" "$OUT/checkpoints/$checkpoint" "$OUT/results"
+        "$folder/bin/python" tests/engines/compare.py "$name" "$runner" "$OUT/$FOLDER/$checkpoint" "$OUT/results"
         echo "$name on $checkpoint: $((SECONDS - start)) s"
     done
 }
@@ -87,4 +95,4 @@ mkdir -p "$OUT/logs"
 for name in "$@"; do
     run_engine "$name" "${ASYMGQA_VENV:-.venv}/engines" 2>&1 | tee "$OUT/logs/$name.log" || true
 done
-exec "$PYTHON" tests/engines/table.py "$OUT/results" "$@"
+exec "$PYTHON" tests/engines/table.py "$OUT/results" "$CHECKPOINTS" "$@"

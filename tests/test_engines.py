@@ -19,11 +19,13 @@ TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS / "engines"))
 
 import compare  # noqa: E402
+import export_classes  # noqa: E402
 import table  # noqa: E402
 
 IDS = [[3, 1, 4], [1, 5]]
 PROMPTS = ["one text", "another"]
 GREEDY = [9, 2, 6]
+MARGINS = [2.0, 0.3, 1.0]  # in bfloat16 the second token may be another, and all that follow
 
 
 class Engine:
@@ -32,7 +34,7 @@ class Engine:
     version = "1.0"
     error, last_error, kv_heads_seen, read, writes = 0.0, 0.0, 4, IDS, False
 
-    def __init__(self, checkpoint: Path, scratch: Path):
+    def __init__(self, checkpoint: Path, scratch: Path, dtype: str):
         self.reference = compare.load_reference(checkpoint)[0]
         assert scratch.is_dir()
         if self.writes:
@@ -56,23 +58,26 @@ class Engine:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(**attributes of an Engine) -> the row that compare.py writes for the checkpoint "ours"."""
+    """run(**attributes of an Engine) -> the row that compare.py writes for a checkpoint, "ours" by default."""
     generator = np.random.default_rng(0)
-    for name in ("ours", "theirs"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"architectures": ["MistralForCausalLM"]}))
+    for name, dtype in {"ours": "float32", "ours.bfloat16": "bfloat16", "theirs": "float32"}.items():
+        config = {"architectures": ["MistralForCausalLM"], "dtype": dtype}
+        saved(tmp_path / name, config)
+        if name == "ours.bfloat16":
+            continue  # of the reference of "ours"
         tensors = {}
         for case, ids in enumerate(IDS):
             logits = generator.standard_normal((len(ids), 11)).astype(np.float32)
-            tensors |= {f"ids.{case}": np.array(ids), f"logits.{case}": logits, f"greedy.{case}": np.array(GREEDY)}
+            tensors |= {f"ids.{case}": np.array(ids), f"logits.{case}": logits}
+            tensors |= {f"greedy.{case}": np.array(GREEDY), f"margins.{case}": np.array(MARGINS)}
         facts = {"prompts": json.dumps(PROMPTS), "kv_heads": "4"}
         save_file(tensors, tmp_path / f"{name}.reference.safetensors", metadata=facts)
 
-    def run_engine(**attributes) -> dict:
+    def run_engine(checkpoint: str = "ours", **attributes) -> dict:
         runner = SimpleNamespace(Engine=type("MadeUp", (Engine,), attributes))
         monkeypatch.setitem(sys.modules, "made_up", runner)
-        right = compare.main("made-up", "made_up", tmp_path / "ours", tmp_path / "results")
-        row = json.loads((tmp_path / "results" / "made-up.ours.json").read_text())
+        right = compare.main("made-up", "made_up", tmp_path / checkpoint, tmp_path / "results")
+        row = json.loads((tmp_path / "results" / f"made-up.{checkpoint}.json").read_text())
         assert right == (row["result"] == "OK")
         return row
 
@@ -84,13 +89,22 @@ def test_an_engine_that_computes_the_reference_passes(run):
     assert row["result"] == "OK"
     assert row["largest logit difference"] == 0 and row["to another model"] > compare.APART
     assert (row["class"], row["KV heads"], row["tokenizer"]) == ("MistralForCausalLM", 4, "same ids")
-    assert run(error=compare.TOLERANCE / 2)["result"] == "OK"
+    assert run(error=compare.TOLERANCES["float32"] / 2)["result"] == "OK"
+
+
+def test_a_bfloat16_checkpoint_is_held_against_the_same_adapter_within_rounding(run):
+    row = run("ours.bfloat16", error=0.2, greedy=lambda self, ids, count: [9, 7, 7][:count])
+    assert row["result"] == "OK" and row["to another model"] > compare.APART
+    assert "logits differ" in run("ours.bfloat16", error=0.3)["result"]
+    assert "other tokens" in run("ours.bfloat16", greedy=lambda self, ids, count: [7, 2, 6][:count])["result"]
+    for options in ({"error": 0.2}, {"greedy": lambda self, ids, count: [9, 7, 7][:count]}):
+        assert run(**options)["result"].startswith("FAIL")
 
 
 @pytest.mark.parametrize(
     ("attributes", "reason"),
     [
-        ({"error": 2 * compare.TOLERANCE}, "logits differ"),
+        ({"error": 2 * compare.TOLERANCES["float32"]}, "logits differ"),
         ({"error": float("nan")}, "logits differ"),
         ({"last_error": float("nan")}, "logits differ"),
         ({"logits": lambda self, ids: self.reference["logits.0"][:1]}, "shape"),
@@ -119,11 +133,12 @@ def test_a_tokenizer_is_reported_and_does_not_fail_an_engine(run):
 
 
 def test_the_table_fails_for_an_engine_without_result_but_not_for_the_control(tmp_path, capsys):
-    for checkpoint in table.CHECKPOINTS:
+    checkpoints = ["wide-equal", table.CONTROL]
+    for checkpoint in checkpoints:
         result = "FAIL: logits differ" if checkpoint == table.CONTROL else "OK"
         (tmp_path / f"mlx-lm.{checkpoint}.json").write_text(json.dumps({"engine": "mlx-lm", "result": result}))
-    assert table.main(tmp_path, ["mlx-lm"])
-    assert not table.main(tmp_path, ["mlx-lm", "vllm"])
+    assert table.main(tmp_path, checkpoints, ["mlx-lm"])
+    assert not table.main(tmp_path, checkpoints, ["mlx-lm", "vllm"])
     assert "FAIL: no result" in capsys.readouterr().out
 
 
@@ -227,6 +242,8 @@ def test_every_engine_has_its_runner():
     subprocess.run(["bash", "-n", str(script)], check=True)
     listed = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=True).stdout.split()
     assert {"llama.cpp", "mlx-lm", "ctranslate2", "vllm"} <= set(listed)
+    classes = re.search(r'FOLDER=classes CHECKPOINTS="(.*)"', script.read_text()).group(1).split()
+    assert classes == list(export_classes.EXPORTS)
     named = {word for word in script.read_text().split() if word.startswith("serve_")}
     assert {f"{name}.py" for name in named} == {path.name for path in (TESTS / "engines").glob("serve_*.py")}
     unknown = subprocess.run(["bash", str(script), "unknown"], capture_output=True, text=True)

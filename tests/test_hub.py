@@ -347,14 +347,15 @@ def test_the_card_of_another_class_states_what_that_caches(name, plain_class, he
     assert (f"{plain_class} counts positions from the first column" in text) == caution
 
 
-def test_the_card_of_wide_heads_warns_of_other_converters():
+def test_the_card_of_wide_heads_warns_of_engines_and_converters_that_lose_their_frequencies():
     """Only the merged model's: an adapter cannot be converted."""
-    warning = "A GGUF for llama.cpp must be made with `recipes/convert_gguf.py`"
+    warning = "does not read its factors computes other logits without a message; `recipes/ENGINES.md`"
     base = tiny_llama()
     wide = wrap(base, GROUPS["llama"], head_dim=2 * base.config.head_dim)
     assert warning not in model_card(Conversion.of(wide), name="folder")
     text = model_card(Conversion.of(wide.merge_and_unload()), name="folder")
-    assert warning in text[text.index("## Use") : text.index("## Groups")]
+    usage = text[text.index("## Use") : text.index("## Groups")]
+    assert warning in usage and "A GGUF for llama.cpp must be made with `recipes/convert_gguf.py`" in usage
     narrow = wrap(tiny_llama(), GROUPS["llama"]).merge_and_unload()
     assert warning not in model_card(Conversion.of(narrow), name="folder")
 

@@ -4,9 +4,9 @@
 
 The bundled model at 4:1 of its cache, in float32, chosen and merged on activations: 4 heads of the base's 32
 dimensions in "unequal" and "equal" groups, and 2 heads of 64 in "wide-unequal" and "wide-equal" ones. All are merged
-into plain checkpoints by recipes/merge_and_push.py as a user would. "base" is the bundled model itself, a control:
-what an engine cannot do with that is not the export's doing. Beside every checkpoint lies NAME.reference.safetensors
-with the adapter's logits before merging, prompt ids and greedy continuations.
+into plain checkpoints by recipes/merge_and_push.py as a user would, the last of them in bfloat16 too. "base" is the
+bundled model itself, a control: what an engine cannot do with that is not the export's doing. Beside every checkpoint
+lies NAME.reference.safetensors with the adapter's logits before merging, prompt ids and greedy continuations.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SMALLEST_MARGIN = 0.005  # between the two best logits of a greedy step; engines
 def main(folder: Path) -> None:
     folder.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    prompts = [*PROMPTS, tokenizer.decode(tokenizer(held_out_texts()[0]).input_ids[:LONG_PROMPT_TOKENS])]
+    prompts = [*PROMPTS, long_prompt(tokenizer)]
     base = load_base()
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -60,6 +60,12 @@ def main(folder: Path) -> None:
         model.save_pretrained(adapter)
         merge_and_push.main([str(adapter), "--output", str(folder / name), "--dtype", "float32"])
         write_reference(folder / name, model, tokenizer, prompts)
+    # What people serve: the engine then computes in what it takes for such a folder.
+    merge_and_push.main([str(adapter), "--output", str(folder / f"{name}.bfloat16"), "--dtype", "bfloat16"])
+
+
+def long_prompt(tokenizer) -> str:
+    return tokenizer.decode(tokenizer(held_out_texts()[0]).input_ids[:LONG_PROMPT_TOKENS])
 
 
 def load_base() -> torch.nn.Module:
@@ -77,30 +83,33 @@ def initialised(base: torch.nn.Module, options: dict, tokenizer) -> torch.nn.Mod
 
 @torch.no_grad()
 def write_reference(checkpoint: Path, model, tokenizer, prompts: list[str]) -> None:
-    """Ids (T,), logits (T, V) and greedy tokens of every prompt, by the model as it is, beside the checkpoint."""
+    """Ids (T,), logits (T, V), greedy tokens and their margins (n,) of every prompt, by the model as it is."""
     tensors = {}
     for index, prompt in enumerate(prompts):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         tensors[f"ids.{index}"] = ids[0]
         tensors[f"logits.{index}"] = model(input_ids=ids).logits[0]
-        tensors[f"greedy.{index}"] = continuation(model, ids)
-    full = sum(len(tensors[f"greedy.{index}"]) == NEW_TOKENS for index in range(len(prompts)))
-    if full < len(prompts) / 2:
-        raise SystemExit(
-            f"{checkpoint.name}: only {full} of {len(prompts)} continuations are decisive, change prompts."
-        )
+        tensors[f"greedy.{index}"], tensors[f"margins.{index}"] = continuation(model, ids)
+    decisive = sum(len(tensors[f"greedy.{index}"]) for index in range(len(prompts)))
+    if decisive < NEW_TOKENS * len(prompts) / 2:
+        raise SystemExit(f"{checkpoint.name}: only {decisive} greedy tokens are decisive, change prompts.")
     facts = {"prompts": json.dumps(prompts), "kv_heads": str(model_kv_heads(model))}
     save_file(tensors, checkpoint.with_name(checkpoint.name + ".reference.safetensors"), metadata=facts)
 
 
-def continuation(model, ids: torch.Tensor) -> torch.Tensor:
-    """Greedy tokens after ids (1, T), without the first that ends the text or hangs on rounding and what follows."""
+def continuation(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens after ids (1, T), and by how much each was the best, (n,).
+
+    The first that ends the text or hangs on rounding is left out, and so is what follows.
+    """
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True}
     result = model.generate(input_ids=ids, return_dict_in_generate=True, **options)
     tokens = result.sequences[0, ids.shape[1] :]
     best, second = torch.cat(result.logits).topk(2).values.unbind(-1)
-    stops = ((best - second < SMALLEST_MARGIN) | (tokens == model.config.eos_token_id)).nonzero().flatten().tolist()
-    return tokens[: stops[0] if stops else None].clone()
+    margins = best - second
+    stops = ((margins < SMALLEST_MARGIN) | (tokens == model.config.eos_token_id)).nonzero().flatten().tolist()
+    kept = slice(stops[0] if stops else None)
+    return tokens[kept].clone(), margins[kept].clone()
 
 
 def model_kv_heads(model) -> int:

@@ -17,7 +17,7 @@ from recipes.convert_ctranslate2 import convert
 class Engine:
     version = ctranslate2.__version__
 
-    def __init__(self, checkpoint: Path, scratch: Path):
+    def __init__(self, checkpoint: Path, scratch: Path, dtype: str):
         converted = scratch / "ctranslate2"
         self.decoder = convert(checkpoint, converted).decoder
         self.generator = ctranslate2.Generator(str(converted), device="cpu", compute_type="float32")

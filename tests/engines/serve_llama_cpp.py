@@ -19,15 +19,18 @@ PRE_TOKENIZER = "gpt-2"  # that of the bundled model: ByteLevel with GPT-2's exp
 class Engine:
     version = f"llama-cpp-python {llama_cpp.__version__}"
 
-    def __init__(self, checkpoint: Path, scratch: Path):
-        file = scratch / "model.gguf"
+    def __init__(self, checkpoint: Path, scratch: Path, dtype: str):
+        file, kind = scratch / "model.gguf", "f32"
+        options = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        if dtype != "float32":
+            # What llama.cpp's own programs choose: flash attention, over a cache in float16.
+            kind, options = "bf16", {"flash_attn": True}
         converter = [sys.executable, str(RECIPES / "convert_gguf.py"), str(SOURCES), PRE_TOKENIZER]
-        subprocess.run([*converter, str(checkpoint), "--outfile", str(file), "--outtype", "f32"], check=True)
-        cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        subprocess.run([*converter, str(checkpoint), "--outfile", str(file), "--outtype", kind], check=True)
         config, overrides = json.loads((checkpoint / "config.json").read_text()), None
         if config["model_type"] == "phi":  # the converter writes the number of query heads
             overrides = {"phi2.attention.head_count_kv": config["num_key_value_heads"]}
-        self.llama = Llama(str(file), n_ctx=512, logits_all=True, verbose=False, kv_overrides=overrides, **cache)
+        self.llama = Llama(str(file), n_ctx=512, logits_all=True, verbose=False, kv_overrides=overrides, **options)
 
     def logits(self, ids: list[int]) -> np.ndarray:
         self.llama.reset()

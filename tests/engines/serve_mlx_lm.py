@@ -16,11 +16,11 @@ from mlx_lm.models.cache import make_prompt_cache
 class Engine:
     version = f"{version('mlx-lm')} (mlx {version('mlx')})"
 
-    def __init__(self, checkpoint: Path, scratch: Path):
+    def __init__(self, checkpoint: Path, scratch: Path, dtype: str):
         self.model, self.tokenizer = load(str(checkpoint))
 
     def logits(self, ids: list[int]) -> np.ndarray:
-        return np.array(self.model(mx.array([ids]))[0])
+        return np.array(self.model(mx.array([ids]))[0].astype(mx.float32))
 
     def greedy(self, ids: list[int], count: int) -> list[int]:
         return [int(token) for token, _ in islice(generate_step(mx.array(ids), self.model, max_tokens=count), count)]

@@ -18,8 +18,9 @@ dummy_cache.has_kv_heads(model_configs.PhiOnnxConfig)
 class Engine(serve_transformers.Engine):
     version = f"{onnxruntime.__version__} (optimum-onnx {version('optimum-onnx')})"
 
-    def __init__(self, checkpoint: Path, scratch: Path):
+    def __init__(self, checkpoint: Path, scratch: Path, dtype: str):
         self.checkpoint = checkpoint
+        # Of a bfloat16 checkpoint too: ONNX Runtime has no kernels for that on a CPU.
         self.model = ORTModelForCausalLM.from_pretrained(checkpoint, export=True, dtype=torch.float32)
         # optimum-onnx shapes the empty cache by hidden_size / heads, also for an unpadded model; its graph is right.
         config = self.model.config

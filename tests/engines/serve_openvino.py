@@ -18,9 +18,10 @@ FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 class Engine(serve_transformers.Engine):
     version = f"{openvino.__version__.split('-')[0]} (optimum-intel {optimum_version})"
 
-    def __init__(self, checkpoint: Path, scratch: Path):
+    def __init__(self, checkpoint: Path, scratch: Path, dtype: str):
         self.checkpoint = checkpoint
-        self.model = OVModelForCausalLM.from_pretrained(checkpoint, export=True, ov_config=FLOAT32)
+        options = FLOAT32 if dtype == "float32" else None
+        self.model = OVModelForCausalLM.from_pretrained(checkpoint, export=True, ov_config=options)
 
     def kv_heads(self) -> int:
         """The cache is the graph's state: (batch, heads, tokens, D) per layer."""

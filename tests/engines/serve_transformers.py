@@ -11,19 +11,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class Engine:
-    """A checkpoint loaded in float32, unmodified; what an engine must convert first goes into `scratch`."""
+    """A checkpoint loaded unmodified; what an engine must convert first goes into `scratch`.
+
+    A float32 one is computed in float32; one in bfloat16 as the engine does it unless it is told otherwise.
+    """
 
     version = transformers.__version__
 
-    def __init__(self, checkpoint: Path, scratch: Path):
+    def __init__(self, checkpoint: Path, scratch: Path, dtype: str):
         self.checkpoint = checkpoint
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> np.ndarray:
         """(T, V)"""
         inputs = torch.tensor([ids])
-        return self.model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0].numpy()
+        return self.model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits[0].float().numpy()
 
     def greedy(self, ids: list[int], count: int) -> list[int]:
         """The `count` tokens after ids, through the engine's own cache."""

@@ -15,10 +15,10 @@ from vllm import LLM, SamplingParams
 class Engine:
     version = vllm.__version__
 
-    def __init__(self, checkpoint: Path, scratch: Path):
+    def __init__(self, checkpoint: Path, scratch: Path, dtype: str):
         self.llm = LLM(
             str(checkpoint),
-            dtype="float32",
+            dtype=dtype,
             enforce_eager=True,
             max_num_seqs=1,
             logprobs_mode="raw_logits",

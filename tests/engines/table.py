@@ -1,6 +1,6 @@
 """The table of what engines did; exits with 1 if one failed on a checkpoint of ours.
 
-python tests/engines/table.py out/engines/results NAME...
+python tests/engines/table.py out/engines/results "CHECKPOINT..." NAME...
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from pathlib import Path
 
 from recipes.reporting import print_report
 
-CHECKPOINTS = ("unequal", "equal", "wide-unequal", "wide-equal", "base")
 CONTROL = "base"  # not ours: shows what an engine makes of the model before conversion
 COLUMNS = ("engine", "version", "checkpoint", "class", "largest logit difference", "greedy tokens", "KV heads")
 
 
-def main(results: Path, names: list[str]) -> bool:
-    rows = [read_row(results, name, checkpoint) for name in names for checkpoint in CHECKPOINTS]
+def main(results: Path, checkpoints: list[str], names: list[str]) -> bool:
+    rows = [read_row(results, name, checkpoint) for name in names for checkpoint in checkpoints]
     print_report(rows)
     return all(row["result"] == "OK" for row in rows if not row["checkpoint"].startswith(CONTROL))
 
@@ -32,4 +31,4 @@ def read_row(results: Path, name: str, checkpoint: str) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(not main(Path(sys.argv[1]), sys.argv[2:]))
+    sys.exit(not main(Path(sys.argv[1]), sys.argv[2].split(), sys.argv[3:]))
