@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 from peft import PeftType, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -66,7 +65,7 @@ class AsymGQAModel(LoraModel):
     def _resolve_targets(self, peft_config: AsymGQAConfig) -> None:
         targets = peft_config.target_modules
         if isinstance(targets, str) and targets.lower() == "all-linear":
-            resolved = replace(peft_config)
+            resolved = copy.copy(peft_config)  # not replace(), which refuses layers_to_transform beside a str
             _maybe_include_all_linear_layers(resolved, self.model)
             targets = set(resolved.target_modules) - self._site_of.keys()
             if peft_config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
