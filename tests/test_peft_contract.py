@@ -830,6 +830,7 @@ OPTIONS = {
     "rank_pattern": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 16}},
     "exclude": {"exclude_modules": ["down_proj", "fc2"]},
     "layers": {"target_modules": ["q_proj", "up_proj", "fc1"], "layers_to_transform": [1]},
+    "layers of all": {"layers_to_transform": [1]},
     "no lora": {"target_modules": []},
     "regex": {"target_modules": r".*layers\.1\..*q_proj"},
     "tokens": {"trainable_token_indices": [1, 5]},

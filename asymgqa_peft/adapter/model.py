@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from peft import PeftType, TaskType
@@ -81,7 +80,7 @@ class AsymGQAModel(LoraModel):
     def _resolve_targets(self, peft_config: AsymGQAConfig) -> None:
         targets = peft_config.target_modules
         if isinstance(targets, str) and targets.lower() == "all-linear":
-            resolved = replace(peft_config)
+            resolved = copy.copy(peft_config)  # not replace(), which refuses layers_to_transform beside a str
             _maybe_include_all_linear_layers(resolved, self.model)
             targets = set(resolved.target_modules) - self._site_of.keys()
             if peft_config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
