@@ -1,41 +1,34 @@
-"""Where plain checkpoints have been run: the table of `recipes/ENGINES.md`, as data."""
+"""Where plain checkpoints have been run: the tables of `recipes/ENGINES.md`, as data."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+# Engines that have loaded exports of the bundled model, narrow and wide, and given the adapter's logits -> the recipe
+# that they need for wide heads.
+ENGINES: dict[str, str | None] = {
+    "transformers": None,
+    "mlx-lm": None,
+    "ONNX Runtime": None,
+    "OpenVINO": None,
+    "CTranslate2": "recipes/convert_ctranslate2.py",
+    "llama.cpp": "recipes/convert_gguf.py",
+    "vLLM": None,
+}
+RUN_EVERYWHERE = ("LlamaForCausalLM", "MistralForCausalLM")
+"""What the exports of the bundled model were; of another class narrow ones were run in transformers alone."""
 
-
-class Engine(NamedTuple):
-    """An engine that has loaded exports of the bundled model, a Llama, and given the adapter's logits."""
-
-    name: str
-    # Whether exports with heads wider than the base's were run, not only those of the base's width.
-    runs_wide: bool = True
-    # What it needs for wide heads beside the checkpoint.
-    needs: str | None = None
-
-
-ENGINES = (
-    Engine("transformers"),
-    Engine("mlx-lm"),
-    Engine("ONNX Runtime"),
-    Engine("OpenVINO"),
-    Engine("CTranslate2", needs="recipes/convert_ctranslate2.py"),
-    Engine("llama.cpp", needs="recipes/convert_gguf.py"),
-    Engine("vLLM", runs_wide=False),
-)
-TESTED_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM")
-"""What the exports were; every other class was run in transformers alone."""
+WIDE_CLASSES: dict[str, tuple[str, ...]] = {
+    "LlamaForCausalLM": ("transformers", "vLLM", "mlx-lm", "OpenVINO", "ONNX Runtime", "llama.cpp"),
+    "GemmaForCausalLM": ("transformers", "vLLM", "ONNX Runtime"),
+    "Gemma2ForCausalLM": ("transformers", "vLLM"),
+    "PhiForCausalLM": ("transformers", "vLLM"),
+    "OlmoForCausalLM": ("transformers", "vLLM", "OpenVINO"),
+}
+"""Engines that compute wide heads of other classes than Mistral; Llama here is one with biases."""
 
 
 def engines_of(model_class: str, is_wide: bool) -> list[str]:
     """Engines in which checkpoints of this class, with wide heads or not, have been run, and what these need."""
-    if model_class not in TESTED_CLASSES:
-        return [ENGINES[0].name]
-    found = []
-    for engine in ENGINES:
-        if not is_wide:
-            found.append(engine.name)
-        elif engine.runs_wide:
-            found.append(f"{engine.name} with {engine.needs}" if engine.needs else engine.name)
-    return found
+    if not is_wide:
+        return list(ENGINES) if model_class in RUN_EVERYWHERE else ["transformers"]
+    names = ENGINES if model_class == "MistralForCausalLM" else WIDE_CLASSES.get(model_class, ("transformers",))
+    return [f"{name} with {ENGINES[name]}" if ENGINES[name] else name for name in names]

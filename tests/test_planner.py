@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from trl import SFTConfig, TrlParser
 
 from asymgqa_peft.__main__ import main
-from asymgqa_peft.engines import ENGINES
+from asymgqa_peft.engines import ENGINES, WIDE_CLASSES
 from asymgqa_peft.estimates import CARDS, activation_bytes, estimate, training_flops_per_token
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token
 from asymgqa_peft.families import FAMILIES
@@ -228,12 +229,32 @@ def test_a_smaller_card_takes_smaller_batches_then_four_bits_then_nothing():
     assert estimate(llama, 2_000_000_000, False, CARDS["rtx4090"]) is None
 
 
+def table_after(text: str, heading: str) -> list[list[str]]:
+    """Cells of the first table's rows behind a line that starts so."""
+    lines = text[text.index(heading) :].splitlines()
+    rows = [line for line in itertools.takewhile(bool, itertools.dropwhile(lambda line: line[:1] != "|", lines))]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
 def test_engines_are_those_of_the_document():
-    """One line per engine and version; the columns of wide heads say "not run" where they were not."""
+    """One line per engine and version; and of other classes the engines that gave a number, and no wrong one."""
     text = (ROOT / "recipes" / "ENGINES.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1:-1] for line in text.partition("\n## ")[0].splitlines() if line.startswith("| ")][1:]
     documented = {}
-    for name, _, _, _, *wide, _, _, needs in rows:
+    for name, *_, needs, _ in table_after(text, "# Merged checkpoints")[2:]:
         recipe = re.search(r"`(recipes/\S+)`", needs)
-        documented[name.strip()] = ("not run" not in "".join(wide), recipe and recipe[1])
-    assert documented == {engine.name: (engine.runs_wide, engine.needs) for engine in ENGINES}
+        documented[name] = recipe and recipe[1]
+    assert documented == ENGINES
+    names = {
+        "Llama with biases (of Qwen2)": "Llama",
+        "Gemma": "Gemma",
+        "Gemma 2": "Gemma2",
+        "Phi": "Phi",
+        "OLMo": "Olmo",
+    }
+    header, _, *rows = table_after(text, "## Wide heads")
+    found = {}
+    for name, *cells in rows:
+        if name in names:
+            runs = [engine for engine, cell in zip(header[1:], cells, strict=True) if re.match(r"\d", cell)]
+            found[f"{names[name]}ForCausalLM"] = tuple(runs)
+    assert found == WIDE_CLASSES

@@ -28,6 +28,7 @@ def refusal_of_rope(config: PretrainedConfig) -> str | None:
     return None
 
 
+@torch.device("cpu")  # whatever device a caller makes weights on: these are numbers to be written down
 def wide_config(config: PretrainedConfig, heads: SharedShape, family: Family) -> tuple[PretrainedConfig, float]:
     """The configuration with heads of W dimensions at their frequencies, and everything else as it is.
 
