@@ -28,7 +28,6 @@ def refusal_of_rope(config: PretrainedConfig) -> str | None:
     return None
 
 
-@torch.device("cpu")  # whatever device a caller makes weights on: these are numbers to be written down
 def wide_config(config: PretrainedConfig, heads: SharedShape, family: Family) -> tuple[PretrainedConfig, float]:
     """The configuration with heads of W dimensions at their frequencies, and everything else as it is.
 
@@ -72,8 +71,10 @@ def _base_frequencies(config: PretrainedConfig, heads: SharedShape, length: int 
     """Inverse frequencies (R / 2,) of the base, in radians per position, and the factor of its cosines and sines."""
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type == "default":
-        # In the float32 in which transformers computes them.
-        exponents = torch.arange(0, heads.base.rotary_dim, 2, dtype=torch.int64).float() / heads.base.rotary_dim
+        # In the float32 in which transformers computes them; on the CPU, whatever device a caller makes weights on.
+        exponents = (
+            torch.arange(0, heads.base.rotary_dim, 2, dtype=torch.int64, device="cpu").float() / heads.base.rotary_dim
+        )
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
     frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu", seq_len=length)
     return frequencies, float(scaling)
@@ -85,7 +86,9 @@ def _factors(wanted: Tensor, theta: float) -> list[float]:
     transformers computes 1 / (factor * theta^(2 j / W_r)) in float32. Of the factors next to the quotient the one
     whose result is nearest is taken: an error of one part in 10^7 would be seen thousands of positions on.
     """
-    exponents = torch.arange(0, 2 * len(wanted), 2, dtype=torch.int64).float() / (2 * len(wanted))
+    exponents = torch.arange(0, 2 * len(wanted), 2, dtype=torch.int64, device=wanted.device).float() / (
+        2 * len(wanted)
+    )
     powers = theta**exponents
     factors = (1.0 / (wanted.double() * powers.double())).float()
     best, least = factors, torch.full_like(wanted, torch.inf)
