@@ -11,10 +11,6 @@ import pytest
 from hostile import LORA, OURS, Case, Loader, Planted, Result, all_cases, faults, load_all, run, set_field, write_valid
 from peft import PeftModel
 
-# The check of tensors passes a file by that names base layers, and their weights load.
-SMUGGLED = "base_model.model.model.layers.0.self_attn.k_proj.base_layer.weight"
-KNOWN = {f"{SMUGGLED} of (48, 48) added, nothing missing"}
-
 
 @pytest.mark.slow
 def test_hostile_folders():
@@ -24,7 +20,7 @@ def test_hostile_folders():
     assert outcomes.count("refused") > 900 and outcomes.count("loaded") > 300  # neither all nor none
     assert any(result.is_silent_and_wrong for result in lora.values())
     found = faults(cases, ours, lora)
-    assert found.keys() <= KNOWN, {name: found[name] for name in found.keys() - KNOWN}
+    assert not found, found
 
 
 def test_what_must_not_be_is_found(tmp_path, monkeypatch):

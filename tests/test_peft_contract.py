@@ -31,7 +31,16 @@ from models import (
     wrap,
 )
 from packaging.version import Version
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import config as lora_config
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -659,6 +668,8 @@ def test_merge_and_unload_after_merge_adapter(wrapped):
     adapted = logits(wrapped)
     wrapped.merge_adapter()
     assert close(logits(wrapped.merge_and_unload()), adapted)
+    with pytest.raises(ValueError, match="merged or unloaded already"):
+        wrapped.merge_and_unload()
 
 
 @pytest.mark.parametrize("part", ["lora_kv", "lora_value_mix", "lora_B"])
@@ -939,3 +950,26 @@ def test_the_config_in_the_file_is_json_of_plain_values(wrapped, tmp_path):
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
     assert raw["peft_type"] == "ASYM_GQA" and raw["inference_mode"] is True
     assert raw["head_groups"] == wrapped.base_model.head_groups("default").to_lists()
+
+
+def test_injecting_by_a_state_dict_wraps_what_it_names(wrapped, family):
+    expected = logits(wrapped)
+    tensors = {
+        name.removeprefix("base_model.model."): tensor for name, tensor in get_peft_model_state_dict(wrapped).items()
+    }
+    model = inject_adapter_in_model(adapter_config(GROUPS[family]), BASES[family](), state_dict=tensors).eval()
+    set_peft_model_state_dict(model, tensors)
+    assert torch.equal(logits(model), expected)
+    base = BASES[family]()
+    some = {name: tensor for name, tensor in tensors.items() if "layers.1.self_attn.v_proj" not in name}
+    with pytest.raises(ValueError, match="holds nothing for .*layers.1.self_attn.v_proj.*whole adapter"):
+        inject_adapter_in_model(adapter_config(GROUPS[family]), base, state_dict=some)
+    assert not shared_layers(base)
+
+
+def test_casting_of_inputs_can_be_disabled(wrapped):
+    """There is none: weights are cast to the inputs' dtype."""
+    expected = logits(wrapped)
+    with disable_input_dtype_casting(wrapped):
+        assert torch.equal(logits(wrapped), expected)
+    assert torch.equal(logits(wrapped), expected)

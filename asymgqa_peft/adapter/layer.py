@@ -53,6 +53,8 @@ class SharedLayer(nn.Module, BaseTunerLayer):
     """What all layers that replace a module of the attention have in common: one active adapter."""
 
     adapter_layer_names: tuple[str, ...] = ()
+    # PEFT's disable_input_dtype_casting switches it: here weights are cast, inputs never.
+    cast_input_dtype_enabled = True
 
     def __init__(self, base_layer: nn.Module, shape: HeadShape, family: Family) -> None:
         super().__init__()

@@ -136,6 +136,8 @@ class AsymGQAModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Inject an adapter as LoRA does, then write its first shared heads and (re-)install the hooks."""
+        if kwargs.get("state_dict") is not None:
+            _check_names_all_shared(model, kwargs["state_dict"])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # Again for every adapter: a later one may have wrapped q_proj or o_proj, and the hooks belong outside.
         _remove_hooks(self.model)
@@ -425,13 +427,27 @@ class AsymGQAModel(LoraModel):
             raise ValueError(f"adapter_names={names!r}: attention has one set of K/V heads, merge one adapter.")
         if names[0] not in self.peft_config:
             raise ValueError(f"adapter_names={names!r}: unknown, the model holds {list(self.peft_config)}.")
-        merged = set()
-        for module in self.model.modules():
-            if isinstance(module, SharedLayer):
-                merged.update(module.merged_adapters)
+        merged, layers = set(), [module for module in self.model.modules() if isinstance(module, SharedLayer)]
+        if not layers:
+            raise ValueError("The model is merged or unloaded already: use what merge_and_unload or unload returned.")
+        for layer in layers:
+            merged.update(layer.merged_adapters)
         if others := merged - {names[0]}:
             raise ValueError(f"adapter_names={names!r}: {sorted(others)} is merged already, call unmerge_adapter().")
         return names[0]
+
+
+def _check_names_all_shared(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a state dict, which PEFT then takes the wrapped modules from, has all shared ones."""
+    wrapped = {name.removeprefix("_orig_mod.").rsplit(".lora_", 1)[0] for name in state_dict}
+    missing = []
+    for site in attention_sites(model):
+        missing += [name for name in site.shared_names if name not in wrapped]
+    if missing:
+        raise ValueError(
+            f"state_dict holds nothing for {missing}: K and V of every layer are shared. Pass that of a whole "
+            "adapter, without the prefix of a PeftModel."
+        )
 
 
 def _short_names(targets: set[str], model: nn.Module) -> set[str]:
