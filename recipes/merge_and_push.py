@@ -115,8 +115,6 @@ def write_adapter(folder: Path, config: AsymGQAConfig, args: Options, name: str,
     source = base_source(config, args)
     if args.push and not args.base_model and Path(source).exists():
         raise SystemExit(f"--push {args.push}: the base {source} is a folder: name its repository with --base-model.")
-    base = checked_base(source, base_revision(config, args), args.adapter)
-    conversion = Conversion.from_configs(config, base, base_model=args.base_model)
     adapter = Path(args.adapter)
     if not adapter.exists():
         adapter = Path(snapshot_download(args.adapter, allow_patterns=list(ADAPTER_FILES)))
@@ -129,6 +127,8 @@ def write_adapter(folder: Path, config: AsymGQAConfig, args: Options, name: str,
         for file in ADAPTER_FILES:
             shutil.copy(adapter / file, folder / file)
         check_files(folder, ADAPTER_FILES)
+    base = checked_base(source, base_revision(config, args), args.adapter)
+    conversion = Conversion.from_configs(config, base, base_model=args.base_model)
     if args.push:
         name_base(folder / "adapter_config.json", conversion)
     if tokenizer := find_tokenizer(args.adapter, source):

@@ -32,7 +32,7 @@ FAMILIES = {  # of the models that the configurations name, with their head coun
     "allenai/OLMo-2-1124-7B": ("olmo2", HEADS_32),
     "Qwen/Qwen1.5-7B": ("qwen2", HEADS_32),
     "Qwen/Qwen3-8B": ("qwen3", HEADS_32 | {"num_key_value_heads": 8}),
-    "gemma-3-12b-text": ("gemma3_text", {"num_attention_heads": 16, "num_key_value_heads": 8}),
+    "gemma-3-12b-text": ("gemma3_text", {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 4}),
 }
 
 

@@ -76,7 +76,8 @@ def _base_frequencies(config: PretrainedConfig, heads: SharedShape, length: int 
             torch.arange(0, heads.base.rotary_dim, 2, dtype=torch.int64, device="cpu").float() / heads.base.rotary_dim
         )
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
-    frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu", seq_len=length)
+    with torch.device("cpu"):  # some of them make tensors on the default device first
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu", seq_len=length)
     return frequencies, float(scaling)
 
 
