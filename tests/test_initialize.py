@@ -337,7 +337,7 @@ def test_bad_batches_are_refused():
     refused(r"batches\[1\]: input_ids must be integers.*\(5,\)", [IDS[:8], torch.zeros(5, dtype=torch.long)])
     refused(r"batches\[0\]: input_ids must be integers.*float32", [IDS.float()])
     refused(r"batches\[0\]: input_ids must be integers.*NoneType", [{"labels": IDS}])
-    refused(r"batches\[0\]: input_ids must be integers.*str", ["a text"])
+    refused(r"batches\[0\] is a str of text: tokenise it", ["a text"])
     refused(r"batches\[0\]: attention_mask", [{"input_ids": IDS, "attention_mask": torch.ones(16, 23)}])
 
 
