@@ -16,7 +16,8 @@ OUT=out/engines
 FOLDER=checkpoints CHECKPOINTS="unequal equal wide-unequal wide-equal wide-equal.bfloat16 base"
 if [[ ${1:-} == --classes ]]; then
     shift
-    FOLDER=classes CHECKPOINTS="qwen2-unequal qwen2-wide gemma-wide gemma2-wide phi-wide olmo-wide phi3-longrope-wide"
+    FOLDER=classes
+    CHECKPOINTS="qwen2-unequal qwen2-unequal-own qwen2-wide gemma-wide gemma2-wide phi-wide olmo-wide phi3-longrope-wide"
 fi
 
 # An engine's module in tests/engines, and all that pip installs for it: the one place of versions.

@@ -112,6 +112,7 @@ def test_a_bfloat16_checkpoint_is_held_against_the_same_adapter_within_rounding(
         ({"kv_heads_seen": 16}, "not 4 KV heads"),
         ({"writes": True}, "the checkpoint was changed"),
         ({"logits": lambda self, ids: [][0]}, "IndexError"),
+        ({"logits": lambda self, ids: sys.exit("refused")}, "SystemExit: refused"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -242,7 +243,7 @@ def test_every_engine_has_its_runner():
     subprocess.run(["bash", "-n", str(script)], check=True)
     listed = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=True).stdout.split()
     assert {"llama.cpp", "mlx-lm", "ctranslate2", "vllm"} <= set(listed)
-    classes = re.search(r'FOLDER=classes CHECKPOINTS="(.*)"', script.read_text()).group(1).split()
+    classes = re.search(r'FOLDER=classes\s+CHECKPOINTS="(.*)"', script.read_text()).group(1).split()
     assert classes == list(export_classes.EXPORTS)
     named = {word for word in script.read_text().split() if word.startswith("serve_")}
     assert {f"{name}.py" for name in named} == {path.name for path in (TESTS / "engines").glob("serve_*.py")}

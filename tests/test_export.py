@@ -568,6 +568,7 @@ DUPLICATED = {  # case: its groups, and slots and K/V heads for no cached token
     "llama-gqa": ([[[3, 0, 1], [2]], [[1], [3, 0, 2]]], (9, 3)),  # of two query heads each
     "llama-bias": (LOPSIDED, (12, 4)),  # as ten slots do not divide its hidden size of 96
     "qwen2": (LOPSIDED, (10, 5)),
+    "qwen2-full-gqa": ([[[3, 0, 1], [2]], [[1], [3, 0, 2]]], (9, 3)),  # as Qwen2: Llama refuses nine slots
     "gemma2": (LOPSIDED, (12, 4)),
     "phi": (LOPSIDED, (10, 5)),
     "phi3": (LOPSIDED, (10, 5)),

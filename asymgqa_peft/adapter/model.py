@@ -348,7 +348,7 @@ class AsymGQAModel(LoraModel):
         # One step, before which nothing has changed. As after PEFT's merge, whoever holds the base has the merged one.
         vars(self.model).update(_modules=plain._modules, config=plain.config)
         # What held the old layers lets go of them.
-        self.sites, self._site_of = attention_sites(self.model), {}
+        self.sites, self._site_of = [], {}
         return plain
 
     def _twin(self) -> AsymGQAModel:

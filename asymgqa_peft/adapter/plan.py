@@ -265,8 +265,12 @@ class _Planner:
                 # Of layouts of equal bytes that with the smaller cache.
                 candidates.append((self.bytes(layouts, cached_tokens), kv_heads, slots, stand_in))
         candidates.sort(key=lambda candidate: candidate[:3])
+        classes = []
+        for *_, slots, stand_in in candidates:
+            # The base's own class may accept a number of slots that the stand-in refuses.
+            classes += [(stand_in, slots), (None, slots)]
         try:
-            return self.first_accepted((stand_in, slots) for *_, slots, stand_in in candidates)
+            return self.first_accepted(classes)
         except ValueError:  # `stored_once` tells of the refusal of whole groups
             return None
 

@@ -35,7 +35,7 @@ def main(name: str, runner: str, checkpoint: Path, results: Path) -> bool:
             engine = engine_class(checkpoint, Path(scratch), config["dtype"])
             row |= measure(engine, checkpoint, TOLERANCES[config["dtype"]])
         failures = judge(row, checkpoint, TOLERANCES[config["dtype"]])
-    except Exception as error:  # whatever an engine raises is its result
+    except (Exception, SystemExit) as error:  # whatever an engine raises is its result, a converter's refusal too
         traceback.print_exc()
         failures = [f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"]
     if digest(checkpoint) != before:

@@ -42,7 +42,9 @@ TWO_LISTS = {
 LONG = {"sliding_window": None, "original_max_position_embeddings": 64, "rope_parameters": TWO_LISTS}
 # Name -> model type, changes of its configuration, groups, width.
 EXPORTS = {
-    "qwen2-unequal": ("qwen2", {}, UNEQUAL, None),
+    # As Llama, which wants the hidden size to be a multiple of the 10 slots; and as Qwen2, where it is not.
+    "qwen2-unequal": ("qwen2", {"hidden_size": 320}, UNEQUAL, None),
+    "qwen2-unequal-own": ("qwen2", {}, UNEQUAL, None),
     "qwen2-wide": ("qwen2", {}, EQUAL, 64),
     "gemma-wide": ("gemma", GEMMA, EQUAL, 64),
     "gemma2-wide": ("gemma2", {**GEMMA, "query_pre_attn_scalar": 32, "sliding_window": 512}, EQUAL, 64),
