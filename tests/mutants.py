@@ -56,6 +56,7 @@ class Tests:
 
 INITIALIZE = "test_initialize.py -k 'not interrupted'"
 SOME = "-k 'test_layers or (dense or bitwise or own_heads) and (qwen2-wide-gqa or olmo2-gqa or qwen3-wide or phi3)'"
+WHOLE = "test_families.py test_peft_contract.py test_wide.py"
 # The other tests of exports wait for a process that loads them all.
 WRITTEN = "-k 'folded or twice or tasks or devices or invalid or long_input or left_in or fp32 or empty_slots'"
 TESTS = {
@@ -64,8 +65,8 @@ TESTS = {
     "method/merge": Tests("test_merge.py test_norms.py", f"test_heads.py test_planted.py {INITIALIZE}"),
     "method/refit": Tests("test_refit.py", INITIALIZE),
     "method/norms": Tests("test_norms.py", f"test_planted.py {INITIALIZE}"),
-    "adapter/layer": Tests(f"test_layers.py test_families.py {SOME}", "test_quantised.py test_families.py"),
-    "adapter/slots": Tests(f"test_layers.py test_families.py {SOME}", "test_groups_travel.py test_families.py"),
+    "adapter/layer": Tests(f"test_layers.py test_families.py {SOME}", f"test_quantised.py {WHOLE}"),
+    "adapter/slots": Tests(f"test_layers.py test_families.py {SOME}", f"test_groups_travel.py {WHOLE}"),
     "adapter/export": Tests(
         f"test_norms.py test_export.py {WRITTEN}", "test_export.py test_wide.py test_peft_contract.py"
     ),
@@ -422,6 +423,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("mutants.jsonl"))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--again", action="store_true", help="test survivors anew, after tests were added")
+    parser.add_argument("--fast", action="store_true", help="leave out the slow tests of what survives the fast ones")
     args = parser.parse_args()
     results = Results(args.results.absolute())
     if args.again:
@@ -431,7 +433,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folders = copies(Path(scratch), args.workers)
         preload()
-        for speed in ("fast", "slow"):
+        for speed in ("fast",) if args.fast else ("fast", "slow"):
             wanted = [mutant for mutants in sampled.values() for mutant in mutants if results.wants(mutant, speed)]
             modules = sorted({mutant.module for mutant in wanted})
             # Tests that fail on the package as it is would kill everything.
