@@ -43,6 +43,7 @@ def test_lists_survive_json(partition, layers):
         ("ab", "one partition per layer"),
         ([3], r"head_groups\[0\] must be a list of lists"),
         ([[0, 1, 2, 3]], r"head_groups\[0\] must be a list of lists"),
+        ([[[0, 1, 2], 3]], r"head_groups\[0\] must be a list of lists"),
         ([[[0, 1], [2, 3.0]]], r"head_groups\[0\] must hold base KV head indices \(int\), got 3.0"),
         ([[[False, True], [2, 3]]], "got False"),
         ([[[0, 1], [2, 3]]] * 2, "has 2 layers, the model has 1"),
@@ -87,7 +88,7 @@ def test_neighbour_is_classic_gqa():
 
 def test_random_follows_its_seed_and_differs_from_layer_to_layer():
     first, again, other = (HeadGroups.random(4, 16, 4, seed=seed) for seed in (0, 0, 1))
-    assert first == again != other
+    assert first == again == HeadGroups.random(4, 16, 4) != other
     assert len(set(first.layers)) == 4
 
 

@@ -24,9 +24,16 @@ UNEQUAL: dict[str, Partition] = {
     "partial rotary": ((0, 2), (1, 3)),
     "no rotary": ((0, 1, 2, 3),),
     "gqa": ((0, 2), (1,)),
+    "partial rotary, gqa": ((0, 2), (1,)),
 }
 # Below D, between D and 2 D (frequencies occur unequally often), beyond what a group can fill.
-WIDTHS = {"mha": [4, 12, 16, 24], "partial rotary": [4, 12, 16, 20], "no rotary": [5, 12, 32], "gqa": [4, 8, 12, 18]}
+WIDTHS = {
+    "mha": [4, 12, 16, 24],
+    "partial rotary": [4, 12, 16, 20],
+    "no rotary": [5, 12, 32],
+    "gqa": [4, 8, 12, 18],
+    "partial rotary, gqa": [3, 9, 12, 18],
+}
 
 
 def calibrated(shape: HeadShape, seed: int = 0, bias: bool = True, tokens: int = 40):

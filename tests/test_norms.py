@@ -30,10 +30,19 @@ def norm(rows: torch.Tensor, scale: torch.Tensor, span: str) -> torch.Tensor:
     return rows * rows.square().mean(dims, keepdim=True).rsqrt() * scale
 
 
-def layer(span: str, within: float = 0.0, tokens: int = 60, like_first: bool = False, name: str = "mha"):
+def layer(
+    span: str,
+    within: float = 0.0,
+    tokens: int = 60,
+    like_first: bool = False,
+    name: str = "mha",
+    signs: bool = False,
+    empty: tuple[int, ...] = (),
+):
     """Random projections with norms, their activations before and behind the norms, and moments.
 
     ``within``: how far the scales of a rotary pair are apart. ``like_first``: all keys are rotations of the first's.
+    ``signs``: the scales of some heads are negative. ``empty``: heads whose keys have no third rotary pair.
     """
     shape, generator = normed_shape(span, name), torch.Generator().manual_seed(0)
 
@@ -43,6 +52,8 @@ def layer(span: str, within: float = 0.0, tokens: int = 60, like_first: bool = F
     def scale(heads: int) -> torch.Tensor:
         count = 1 if span == "head" else heads
         pairs = torch.logspace(-0.5, 0.5, shape.head_dim // 2, dtype=torch.float64) * (1 + 0.3 * draw(count, 1).abs())
+        if signs:
+            pairs = pairs * draw(count, 1).sign()
         return torch.cat((pairs * (1 + within), pairs * (1 - within)), dim=1).flatten()
 
     heads, kv, dim, width = shape.num_attention_heads, shape.base_kv_heads, shape.head_dim, shape.hidden_size
@@ -52,6 +63,8 @@ def layer(span: str, within: float = 0.0, tokens: int = 60, like_first: bool = F
             size = torch.ones(dim // 2, 1, dtype=torch.float64)
             turned = torch.complex(*key[0].chunk(2)) * torch.polar(size, draw(dim // 2, 1))
             key[head] = torch.cat((turned.real, turned.imag))
+    for head in empty:
+        key[head].unflatten(0, (2, -1))[:, 2] = 0
     weights = AttentionWeights(
         query=draw(heads * dim, width),
         key=key.flatten(0, 1),
@@ -147,7 +160,7 @@ def test_scales_that_differ_within_a_pair_cost_little_and_it_is_measured(span: s
 @pytest.mark.parametrize("width", [8, 16, 12])
 def test_mean_squares_are_those_of_the_activations(span: str, width: int):
     """The divisors of shared keys and fitted queries are on average those of the base."""
-    weights, hidden, activations, moments = layer(span)
+    weights, hidden, activations, moments = layer(span, signs=span == "layer")
     shape = SharedShape.of_width(moments.shape, width)
     shared = merge_layer(moments, weights, PARTITION, shape, "principal")
     key = torch.einsum("ne,gwe->ngw", hidden, shared.key)
@@ -159,6 +172,15 @@ def test_mean_squares_are_those_of_the_activations(span: str, width: int):
         return
     for index, members in enumerate(PARTITION):
         torch.testing.assert_close(key[:, index].square().mean(), own[:, list(members)].square().mean())
+
+
+def test_rows_that_are_zero_throughout_keep_scales_of_one():
+    """A lone head's key without a pair, and the queries of a head whose mates alone have that pair."""
+    weights, _, _, moments = layer("layer", empty=(0, 1))
+    shared = merge_layer(moments, weights, PARTITION, SharedShape.of_width(moments.shape), "principal")
+    assert shared.key[1, 2].abs().max() == 0 and shared.query_gain[0, 2].abs() < 1e-12
+    assert torch.equal(shared.key_norm[1, [2, 6]], torch.ones(2).double())
+    torch.testing.assert_close(shared.query_norm[0, [2, 6]], torch.ones(2).double())
 
 
 def test_logits_keep_their_mean_energy():
@@ -174,7 +196,7 @@ def test_logits_keep_their_mean_energy():
     groups = [0, 1, 0, 0]
     energy = (query.abs().square().mean(0) * key.abs().square().mean(0)[groups]).sum()
     kept = moments.key_energy * 2 - 2 * principal_loss(moments)
-    assert energy.item() == pytest.approx(kept.item(), rel=0.05)
+    assert energy.item() == pytest.approx(kept.item(), rel=0.008)  # divisors of single tokens differ
     assert abs(energy / (moments.key_energy * 2) - 1) > 0.1  # not the energy of all that there was
 
 

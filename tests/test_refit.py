@@ -109,6 +109,8 @@ def test_nothing_to_repair_changes_nothing():
     lora_a, lora_b = refit.low_rank(3)
     assert (lora_b @ lora_a).norm() < 1e-9 * weight.norm()
     assert torch.isfinite(lora_a).all() and lora_b.norm() > 0  # both zero would never train
+    identity = torch.eye(WIDTH // 3).double().expand(3, -1, -1)
+    torch.testing.assert_close(refit.output_mix(3), identity, rtol=0, atol=1e-9)
 
 
 def test_factors_are_balanced():

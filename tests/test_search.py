@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asymgqa_peft.groups import split_evenly
+from asymgqa_peft.method import search
 from asymgqa_peft.method.partitions import PartitionSpace
 from asymgqa_peft.method.search import (
     BATCH,
@@ -242,6 +243,24 @@ def test_surrogate_comes_close_to_the_optimum_with_few_evaluations():
     assert frugal.evaluations <= EXACT_BUDGET + 2 * CONFIRM < groups / 10
 
 
+def test_random_starts_find_what_the_others_miss(monkeypatch):
+    vectors = torch.randn(24, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def error(group):
+        members = vectors[list(group)]
+        return float((members - members.mean(0)).square().sum())
+
+    def found():
+        return search_partition(costs, 24, 6, 8, False, 0, pair_costs(error, 24)).cost
+
+    def costs(groups):
+        return torch.tensor([error(group) for group in groups], dtype=torch.float64)
+
+    with_them = found()
+    monkeypatch.setattr(search, "RESTARTS", 0)
+    assert with_them < 0.98 * found()
+
+
 def test_no_group_is_evaluated_twice():
     costs = RandomCosts(3)
     result = search_partition(costs, 12, 4, 5, False, 0, costs.pairs(12))
@@ -267,6 +286,17 @@ def test_neighbour_wins_ties(heads):
     result = search_partition(lambda groups: torch.ones(len(groups)), heads, 3, heads, False, 0, pairs)
     assert result.partition == split_evenly(range(heads), 3)
     assert result.cost == result.neighbour_cost == 3
+
+
+def test_noise_is_measured_by_the_costliest():
+    """Beside a cost of 1, 1e-9 is none; beside a cost of 0 it would be."""
+    prices = {(0, 1): 1e-9, (0, 3): 1.0}
+
+    def costs(groups):
+        return torch.tensor([prices.get(group, 0.0) for group in groups], dtype=torch.float64)
+
+    result = search_partition(costs, 4, 2, 2, True, 0, torch.zeros(4, 4))
+    assert result.partition == ((0, 1), (2, 3)) and result.cost == 1e-9
 
 
 @settings(max_examples=25, deadline=None)
@@ -357,6 +387,10 @@ def test_pairs_that_only_rank_are_calibrated():
     surrogate = PairSurrogate(costs.pairs(), 12)
     surrogate.calibrate(ExactCosts(costs, 1000), range(2, 7), 2, random.Random(0))
     assert surrogate([(0, 1)]) == [0.0] and surrogate([(0, 1, 2)])[0] > 0
+    # Without a scale for every size a large group looks too costly.
+    uneven = HiddenSubspaces((1, 3, 8), 3, noise=0.02, width=6)
+    result = search_partition(uneven, 12, 3, 8, False, 0, uneven.pairs(), exact_pairs=False)
+    assert result.cost <= 1.001 * sum(map(uneven.cost, uneven.planted))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

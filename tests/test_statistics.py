@@ -17,6 +17,7 @@ SHAPES = {
     "partial rotary": HeadShape(24, 4, 4, 8, 4),
     "no rotary": HeadShape(24, 4, 4, 8, 0),
     "gqa": HeadShape(24, 6, 3, 6, 6),
+    "partial rotary, gqa": HeadShape(24, 6, 3, 6, 2),
 }
 
 
