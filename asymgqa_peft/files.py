@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -47,7 +49,8 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
         beside = private / path.name
         beside.mkdir()
         yield beside
-        if path.exists():
+        # Another process may take the old folder away meanwhile.
+        with suppress(FileNotFoundError):
             # A temporary folder that nobody else may read stays one.
             beside.chmod(path.stat().st_mode & 0o7777)
         _put_in_place(beside, path)
@@ -63,7 +66,9 @@ def _put_in_place(beside: Path, path: Path) -> None:
             return
         except BaseException as error:
             if replaced.exists() and not path.exists():
-                replaced.rename(path)
+                # Unless another process has put its folder there by now.
+                with suppress(OSError):
+                    replaced.rename(path)
             # Another process may have put its folder there between the two.
             if getattr(error, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -76,12 +81,20 @@ def check_replaceable(path: Path) -> None:
         reason = "has no name of its own: choose a folder inside"
     elif path.is_symlink():
         reason = f"is a symbolic link: give the folder it leads to, {str(path.resolve())!r}"
-    elif path.is_mount():
+    elif os.path.ismount(path):  # which, unlike pathlib, bears a folder that goes away meanwhile
         reason = "is a mount point, which cannot be renamed: choose a folder inside"
-    elif path.exists() and not path.is_dir():
+    elif _is_no_folder(path):
         reason = "is a file"
     if reason is not None:
         raise ValueError(f"folder={str(path)!r} cannot be written, it {reason}.")
+
+
+def _is_no_folder(path: Path) -> bool:
+    """Whether something is there that is no folder; asked once, because another process may take it away."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

