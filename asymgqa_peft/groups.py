@@ -153,6 +153,15 @@ def default_max_group_size(num_attention_heads: int, base_kv_heads: int, num_key
     return max(math.ceil(base_kv_heads / num_key_value_heads), min(wished, affordable))
 
 
+def group_of_heads(partition: Partition) -> list[int]:
+    """The group of each base KV head, K long."""
+    groups = [0] * sum(len(group) for group in partition)
+    for index, group in enumerate(partition):
+        for head in group:
+            groups[head] = index
+    return groups
+
+
 def query_heads(group: Sequence[int], queries_per_kv: int) -> list[int]:
     """Query heads that follow the given base KV heads (r = ``queries_per_kv`` each)."""
     return [kv * queries_per_kv + query for kv in group for query in range(queries_per_kv)]

@@ -120,6 +120,19 @@ def perturb(model: PeftModel, seed: int = 1) -> None:
                 parameter.add_((max(scale, 0.05) * noise).to(parameter.dtype))
 
 
+def train(model: torch.nn.Module, ids: torch.Tensor, steps: int = 5) -> list[float]:
+    """The losses of a few steps of AdamW on one batch; the model stays in training mode."""
+    optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def tensors(model: torch.nn.Module, part: str = "") -> dict[str, torch.Tensor]:
     """Copies of what a model holds under names with `part` in them; of everything by default."""
     return {name: value.clone() for name, value in model.state_dict().items() if part in name}

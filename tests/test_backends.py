@@ -95,7 +95,7 @@ def gradients(model, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.T
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["llama-bias", "mistral", "phi3-gqa"])
+@pytest.mark.parametrize("name", ["llama-bias", "mistral", "phi3-gqa", "llama-wide-odd", "phi-wide", "phi3-wide-gqa"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_changes_no_loss_and_no_gradient(name: str, reentrant: bool):
     plain, checkpointed = adapted(name).train(), adapted(name).train()

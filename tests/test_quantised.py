@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import GROUPS, adapter_config, assert_equal, logits, perturb, tensors, tiny_llama, tiny_phi
+from models import GROUPS, adapter_config, assert_equal, logits, perturb, tensors, tiny_llama, tiny_phi, train
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -48,14 +48,7 @@ def test_trains_saves_and_reloads(kind, folder, tmp_path):
         assert tensor.dtype == torch.float32
 
     ids = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(3))
-    optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    losses = []
-    for _ in range(5):
-        loss = model.train()(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, ids)
     model.eval()
     assert losses[-1] < losses[0]
     trained = tensors(model, "lora_kv")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..families import StandIn
-from ..groups import SlotLayout
+from ..groups import SlotLayout, group_of_heads
 from ..heads import SharedHeads, SharedShape, join_bias, split_bias
 from .plan import ExportPlan
 from .site import AttentionSite, attention_sites
@@ -77,8 +77,7 @@ def fold_into_base(site: AttentionSite, shared: SharedHeads) -> None:
     The heads have the base's width, and no norm spans stored heads of unequal groups.
     """
     shape = site.shape
-    group_of_head = {head: index for index, group in enumerate(shared.partition) for head in group}
-    source = [group_of_head[head] for head in range(shape.base_kv_heads)]
+    source = group_of_heads(shared.partition)
     heads = tuple(range(shape.num_attention_heads))
     layout = SlotLayout(shape.queries_per_kv, tuple(source), head_of_slot=heads, slot_of_head=heads)
     norms = {name: getattr(shared, name) for name in site.norms()}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..groups import Partition, slot_layout
+from ..groups import Partition, group_of_heads, slot_layout
 from ..heads import SharedShape
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -40,7 +40,7 @@ class HeadLayout(nn.Module):
         self.shape = shape
         self.declared = declared
         self.is_wide = shape.rotary_dim != shape.base.rotary_dim
-        self.register_buffer("index", torch.tensor(_group_of_head(partition), device=device))
+        self.register_buffer("index", torch.tensor(group_of_heads(partition), device=device))
         if shape.head_dim != shape.base.head_dim:
             self.register_buffer("frequencies", torch.tensor(shape.frequencies, device=device))
         self._lay_out(partition)
@@ -48,7 +48,7 @@ class HeadLayout(nn.Module):
     def _lay_out(self, partition: Partition) -> None:
         self.partition = partition
         self.slots = slot_layout(partition, self.shape.base.queries_per_kv)
-        base, pairs, groups = self.shape.base, self.shape.frequencies, _group_of_head(partition)
+        base, pairs, groups = self.shape.base, self.shape.frequencies, group_of_heads(partition)
         indices = {
             # An empty slot takes a copy of head 0: nothing reads what comes of it, and one gather is all it costs.
             "head_of_slot": [max(head, 0) for head in self.slots.head_of_slot],
@@ -71,7 +71,7 @@ class HeadLayout(nn.Module):
             self.shape = replace(self.shape, frequencies=frequencies)
             self.frequencies.copy_(torch.tensor(frequencies))
         with torch.no_grad():
-            self.index.copy_(torch.tensor(_group_of_head(partition)))
+            self.index.copy_(torch.tensor(group_of_heads(partition)))
         self._lay_out(partition)
 
     def checked(self, index: Tensor | None, frequencies: Tensor | None) -> tuple[Partition, SharedShape]:
@@ -278,12 +278,3 @@ def _resized(vectors: Tensor, size: int) -> Tensor:
     if vectors.shape[-1] >= size:
         return vectors[..., :size]
     return F.pad(vectors, (0, size - vectors.shape[-1]))
-
-
-def _group_of_head(partition: Partition) -> list[int]:
-    """The group of each KV head, K long."""
-    groups = [0] * sum(len(group) for group in partition)
-    for index, group in enumerate(partition):
-        for head in group:
-            groups[head] = index
-    return groups

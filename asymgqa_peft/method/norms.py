@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..groups import Partition, query_heads
+from ..groups import Partition, group_of_heads
 from ..heads import AttentionWeights, HeadShape, SharedHeads
 from .maps import Maps
 from .statistics import LayerMoments
@@ -116,7 +116,7 @@ def _norm_per_head(
     fitted = heads.query_gain.abs().square() * query_energy[:, pairs]
     query_divisors = fitted.sum(-1).div(shape.head_dim).sqrt()  # (H,)
     # A head's logits come out by this factor too small or large; one number for all keeps their mean energy.
-    group_of_query = _group_of_query(heads.partition, base)
+    group_of_query = torch.tensor(group_of_heads(heads.partition)).repeat_interleave(base.queries_per_kv)
     logit_factor = 1 / _nonzero(query_divisors * divisors[group_of_query])
     energy = (moments.query_energy.to(kept) * kept.repeat_interleave(base.queries_per_kv, 0)).sum(-1)
     correction = (energy.sum() / _nonzero((energy * logit_factor.square()).sum())).sqrt()
@@ -204,14 +204,6 @@ def _root_mean_square(power: Tensor, base: HeadShape) -> Tensor:
 def _group_means(values: Tensor, partition: Partition) -> Tensor:
     """(K,) -> (G,)."""
     return torch.stack([values[list(group)].mean() for group in partition])
-
-
-def _group_of_query(partition: Partition, base: HeadShape) -> Tensor:
-    """The group of each query head, (H,)."""
-    groups = torch.zeros(base.num_attention_heads, dtype=torch.long)
-    for index, group in enumerate(partition):
-        groups[query_heads(group, base.queries_per_kv)] = index
-    return groups
 
 
 def _nonzero(values: Tensor) -> Tensor:

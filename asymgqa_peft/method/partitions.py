@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-from ..groups import Group, Partition, split_evenly
+from ..groups import Group, Partition, group_of_heads, split_evenly
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,7 @@ class PartitionSpace:
 
     def exchanges(self, partition: Partition) -> list[Partition]:
         """Every swap of two heads and every move of one head that the sizes admit, as `exchanged` gives them."""
-        group_of = {}
-        for index, group in enumerate(partition):
-            group_of.update(dict.fromkeys(group, index))
-        found = []
+        group_of, found = group_of_heads(partition), []
         for head in range(self.base_kv_heads):
             own = group_of[head]
             for target in range(head + 1, self.base_kv_heads):
