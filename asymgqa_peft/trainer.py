@@ -5,11 +5,12 @@ Axes: B batch, T positions, N positions that count in the loss, E hidden size, V
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ class AsymGQATrainer(SFTTrainer):
     trajectory of one large batch. The teacher sees the same inputs (padding, packing, position ids) in evaluation
     mode and costs a forward pass. Logits exist one chunk of positions at a time: they are computed from the hidden
     states and the output layer (lm_head).
+
+    With `torch_compile=True` decoder layers are compiled one by one for the time of `train`: the model as a whole has
+    hooks that break it up, and layers of one kind share what is compiled.
 
     Logged beside SFTTrainer's metrics, as means over tokens since the last log: `distillation_loss` (the second term
     without w) and `sft_loss` (the cross-entropy).
@@ -89,6 +93,29 @@ class AsymGQATrainer(SFTTrainer):
                     parameter.data = values.to(parameter.device, torch.float32)
         if self.distillation_weight > 0:
             self._check_distillable()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's, without its compilation of the whole model where `train` compiles the layers."""
+        super().create_accelerator_and_postprocess()
+        if self._compiles_layers:
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
+
+    @property
+    def _compiles_layers(self) -> bool:
+        return self.args.torch_compile and self.distillation_weight > 0
+
+    def train(self, *args, **kwargs):
+        """SFTTrainer's, with compiled layers under `torch_compile`."""
+        if not self._compiles_layers:
+            return super().train(*args, **kwargs)
+        layers = self.accelerator.unwrap_model(self.model).base_model.decoder_layers
+        with layers_compiled(layers, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """SFTTrainer's. Never compiled: slots and lengths differ from those of training, batch by batch."""
+        with torch.compiler.set_stance("force_eager"):
+            return super().evaluate(*args, **kwargs)
 
     def _check_distillable(self) -> None:
         if not any(isinstance(module, SharedLayer) for module in self.model.modules()):
@@ -240,6 +267,18 @@ def split_shared_groups(optimizer: torch.optim.Optimizer, model: nn.Module, scal
             f"{type(optimizer).__name__} does not keep the shared K/V parameters in parameter groups, so "
             "kv_learning_rate_scale cannot apply: set it to 1, or choose another `optim`."
         )
+
+
+@contextmanager
+def layers_compiled(layers: Iterable[nn.Module], **options) -> Iterator[None]:
+    """Layers that `torch.compile` has compiled inside, and that run as they were on exit."""
+    try:
+        for layer in layers:
+            layer.compile(**options)
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
 @contextmanager

@@ -196,8 +196,8 @@ class SharedProjection(SharedLayer):
 
     def heads_seen(self, adapter_name: str, x: Tensor) -> list[Tensor]:
         """(B, T, E) -> for each part the shared heads (B, T, G, W), or one per query head (B, T, H, D or W)."""
-        groups = len(self.layout(adapter_name).partition)
-        shared = self.lora_kv[adapter_name](x).unflatten(-1, (len(self.parts), groups, -1))
+        width = self.layout(adapter_name).shape.head_dim
+        shared = self.lora_kv[adapter_name](x).unflatten(-1, (len(self.parts), -1, width))
         seen = []
         for index, part in enumerate(self.parts):
             # Not unbind: OLMo clamps what it gets in place, which autograd forbids for one of several views.
@@ -274,12 +274,14 @@ class SharedProjection(SharedLayer):
         if name is None:
             geometry = Geometry.of_base(shape)
         else:
-            slots, shared = self.layout(name).slots, self.layout(name).shape
-            heads, kv_heads = slots.num_slots, slots.kv_heads
-            if self.shows_heads:
-                heads = kv_heads = shape.num_attention_heads
+            shared = self.layout(name).shape
             if self.decodes:
                 shared = shape
+            heads = kv_heads = shape.num_attention_heads
+            # Slots differ between layers: asked for only where they count, or each layer were a compiled graph of
+            # its own in training too.
+            if not self.shows_heads:
+                heads, kv_heads = self.layout(name).slots.num_slots, self.layout(name).slots.kv_heads
             geometry = Geometry(heads, kv_heads, shared.head_dim, shared.rotary_dim)
         write_geometry(attention, self.family, geometry)
         if geometry.rotary_dim == shape.rotary_dim:

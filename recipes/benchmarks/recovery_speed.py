@@ -2,7 +2,7 @@ r"""How fast recovery trains: tokens a second, share of the matrix ceiling and m
 
     python recipes/benchmarks/recovery_speed.py --device cuda                                    # Llama-2-7B, 32 -> 8
     python recipes/benchmarks/recovery_speed.py --device cuda --compile --batch 8
-    python recipes/benchmarks/recovery_speed.py --device cuda --documents 700                    # packed, not of one piece
+    python recipes/benchmarks/recovery_speed.py --device cuda --documents 700                        # packed documents
     python recipes/benchmarks/recovery_speed.py --device cuda --load-in-4bit --batch 1 --memory 24
     python recipes/benchmarks/recovery_speed.py --device cuda --hidden 2048 --layers 16 --vocab 128256
     python recipes/benchmarks/recovery_speed.py --device cpu --hidden 128 --layers 2 --vocab 4096 --length 128
@@ -31,6 +31,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, TrainerCallback
 
 from asymgqa_peft import AsymGQAConfig
+from asymgqa_peft.attention import register_grouped_sdpa
 from asymgqa_peft.initialize.walk import peak_memory
 from asymgqa_peft.tables import markdown_table
 from recipes.benchmarks import shapes
@@ -61,6 +62,7 @@ BASELINE, TARGET = "AsymGQA, SFT", "AsymGQA, distilled"
 def main(arguments: list[str] | None = None) -> dict:
     """Run every arm; print the table and the JSON line."""
     args = parse_args(arguments)
+    register_grouped_sdpa()
     if args.arm:
         result = measure(args)
         print(json.dumps(result), flush=True)
@@ -142,7 +144,7 @@ def build_trainer(args: argparse.Namespace, folder: str):
             gradient_checkpointing=not args.no_checkpointing,
             bf16=not on_cpu,
             use_cpu=on_cpu,
-            torch_compile=args.compile,
+            torch_compile=args.compile == "model",
             logging_steps=max(1, steps // 2),
             save_strategy="no",
             report_to=[],
@@ -203,6 +205,10 @@ def adapted_llama(args: argparse.Namespace):
     if ARMS[args.arm].adapter == "lora":
         lora = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(model, lora)
+    if args.compile == "layers":
+        torch._dynamo.config.recompile_limit = 256
+        for layer in model.model.layers:
+            layer.compile()
     groups = max(1, config.num_key_value_heads // 4)
     # Unequal groups, as the search finds them.
     partition = shapes.unequal_groups(config.num_key_value_heads, groups)
@@ -368,12 +374,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="sequences per step")
     parser.add_argument("--length", type=int, default=2048, help="tokens per sequence")
     parser.add_argument("--documents", type=int, help="mean length of documents that TRL packs into sequences")
-    parser.add_argument("--attention", default="sdpa", help="attn_implementation")
+    parser.add_argument("--attention", default="grouped_sdpa", help="attn_implementation")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the timed ones")
     parser.add_argument("--device", choices=["cuda", "cpu"], default=shapes.default_device())
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
-    parser.add_argument("--compile", action="store_true", help="SFTConfig's torch_compile")
+    parser.add_argument("--compile", choices=["model", "layers"], help="SFTConfig's torch_compile, or every layer")
     parser.add_argument("--load-in-4bit", action="store_true", help="base in NF4 (bitsandbytes)")
     parser.add_argument("--memory", type=float, help="GiB of the GPU that may be used")
     parser.add_argument("--chunk-mib", type=int, default=None, help="size of one chunk's logits")
