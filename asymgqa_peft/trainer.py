@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from .adapter.layer import SHARED_CONTAINERS, SharedLayer
+from .adapter.offload import is_offloaded
 from .distillation import CHUNK_BYTES, STATISTICS, LossSums, OutputLayer, distillation_loss
 
 
@@ -47,7 +48,7 @@ class AsymGQATrainer(SFTTrainer):
 
     Raises:
         ValueError: for a bad argument, an SFTConfig option that distillation does not define, a model without shared
-            heads or with nothing to train. On the first batch,
+            heads, with nothing to train or with an offloaded base. On the first batch,
             for a model whose output layer is not linear or does not reproduce the model's logits.
     """
 
@@ -76,6 +77,11 @@ class AsymGQATrainer(SFTTrainer):
         # references keep the exact values alive; nothing is copied.
         model = args[0] if args else kwargs.get("model")
         exact_values = {}
+        if isinstance(model, nn.Module) and is_offloaded(model):
+            raise ValueError(
+                "model has an offloaded base (device_map places weights on cpu or disk), which a backward pass cannot "
+                "load again: save the adapter, and train it on a base in 4 bits, on more GPUs, or under FSDP."
+            )
         if isinstance(model, PeftModel):
             for name, parameter in _shared_head_parameters(model):
                 exact_values[name] = parameter.data

@@ -181,19 +181,6 @@ def test_resized_embeddings_contradict_nothing():
 # --- what would be found out much later ---
 
 
-def test_an_offloaded_base_is_refused(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
-    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    base = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "offload")
-    )
-    before = logits(base)
-    with pytest.raises(ValueError, match="device_map places weights on cpu, disk, and some are offloaded"):
-        get_peft_model(base, adapter_config())
-    assert torch.equal(logits(base), before)
-
-
 def test_lora_biases_without_a_place_in_the_base_are_refused():
     with pytest.raises(ValueError, match=r"lora_bias=True cannot be merged into 'model.layers.0.self_attn.q_proj'"):
         get_peft_model(tiny_llama(), adapter_config(lora_bias=True))

@@ -21,6 +21,7 @@ from ..config import AsymGQAConfig
 from ..families import Family
 from ..groups import HeadGroups, default_max_group_size, split_evenly
 from ..heads import HeadShape, SharedShape
+from .offload import is_offloaded, weights_without_a_place
 from .plan import is_quantised, plan_export
 from .rope import refusal_of_rope
 from .site import AttentionSite
@@ -156,6 +157,8 @@ def check_foldable(model: PreTrainedModel, sites: Sequence[AttentionSite], adapt
             reason = f"its heads have {layout.shape.head_dim} dimensions, the base's {site.shape.head_dim}"
         elif site.family.norm_span == "layer" and len(set(map(len, layout.partition))) > 1:
             reason = "a norm spans all keys, in which a head that is stored more often than others would count more"
+    if is_offloaded(model):
+        reason = "they are offloaded"
     if is_quantised(model):
         reason = f"they are quantised ({type(model.hf_quantizer).__name__})"
     if reason:
@@ -251,13 +254,29 @@ def _contradiction(problems: list[str]) -> ValueError:
     )
 
 
-def check_on_devices(model: nn.Module) -> None:
-    """Raise ValueError for a model some of whose weights are offloaded."""
-    if getattr(model, "hf_device_map", None) and any(parameter.is_meta for parameter in model.parameters()):
-        places = sorted({str(place) for place in model.hf_device_map.values()})
+_OFFLOAD_FORBIDS = {
+    "use_dora": "reads the base's weights beside its forward",
+    "modules_to_save": "copies weights of the base",
+    "trainable_token_indices": "copies weights of the base",
+}
+"""Fields of a configuration that need the base's weights where accelerate does not load them, and why."""
+
+
+def check_on_devices(model: nn.Module, config: AsymGQAConfig) -> None:
+    """Raise ValueError for a model whose weights cannot be read, or offloaded ones that an adapter would need."""
+    lost = weights_without_a_place(model)
+    if lost and getattr(model, "hf_device_map", None):
         raise ValueError(
-            f"device_map places weights on {', '.join(places)}, and some are offloaded until they are used: groups "
-            "are made of the weights. Load the model where all of it fits, e.g. device_map='auto' over more GPUs."
+            f"{len(lost)} weights, the first of them {lost[0]}, are on the meta device, and no hook of accelerate "
+            "knows where to load them from: PeftModel.from_pretrained takes those of weights on disk away. Load the "
+            "base again, and the adapter by model = get_peft_model(base, PeftConfig.from_pretrained(adapter)) and "
+            "set_peft_model_state_dict(model, load_peft_weights(adapter))."
+        )
+    needs = [f"{field} {why}" for field, why in _OFFLOAD_FORBIDS.items() if getattr(config, field)]
+    if needs and is_offloaded(model):
+        raise ValueError(
+            f"The base is offloaded, its weights are there only while they are used: {'; '.join(needs)}. Leave that "
+            "unset, or load the base where all of it fits, e.g. device_map='auto' over more GPUs."
         )
 
 

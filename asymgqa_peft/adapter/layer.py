@@ -14,7 +14,6 @@ An adapter in effect shows the attention one of two shapes, which compute the sa
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from ..families import Family
 from ..groups import Partition
 from ..heads import HeadShape, SharedShape
+from .offload import copy_without_hooks
 from .slots import HeadLayout, HeadMix, HeadScale, RotaryGain
 
 # No LoRA, for all their names: PEFT trains and saves what stands under the prefix "lora_".
@@ -328,7 +328,7 @@ class SharedNorm(SharedLayer):
 
     def update_layer(self, adapter_name: str, partition: Partition, shape: SharedShape, declared: bool) -> None:
         """Add an adapter; its scale is still to be written."""
-        norm, rows = copy.deepcopy(self.get_base_layer()), shape.head_dim
+        norm, rows = copy_without_hooks(self.get_base_layer()), shape.head_dim
         if self.shape.norm_span == "layer":
             rows *= self.heads_spanned(partition)
         norm.weight = nn.Parameter(torch.empty(rows, device=self._device(), dtype=self._dtype()))

@@ -32,6 +32,7 @@ from .checks import (
 )
 from .export import export_plain_model, fold_into_base
 from .layer import SharedLayer, SharedProjection
+from .offload import bring_adapter_home, in_place, is_offloaded
 from .plan import ExportPlan, plan_export
 from .site import attention_sites, base_layer
 from .slots import HeadLayout
@@ -60,10 +61,10 @@ class AsymGQAModel(LoraModel):
         # PEFT calls this before it changes anything: every check of config against model belongs here.
         if self._before_merge:
             raise ValueError("An adapter is merged: call unmerge_adapter() first, a new one starts from the base.")
+        check_on_devices(self.model, peft_config)
         if not hasattr(self, "sites"):
             sites = attention_sites(self.model)
             check_not_sharded(self.model)
-            check_on_devices(self.model)
             check_modules(self.model, sites)
             self.sites, self._newly_wrapped = sites, set()
         self._site_of = {}
@@ -120,11 +121,17 @@ class AsymGQAModel(LoraModel):
         return key in self._site_of or super()._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if current_key not in self._site_of:
-            super()._create_and_replace(
-                lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-            )
-            return
+        # An adapter goes where the base's weights are: of offloaded ones, where they are used.
+        with in_place(target):
+            if current_key in self._site_of:
+                self._share(lora_config, adapter_name, target, target_name, parent, current_key)
+            else:
+                super()._create_and_replace(
+                    lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+                )
+
+    def _share(self, lora_config, adapter_name, target, target_name, parent, current_key) -> None:
+        """Add shared heads, or a norm of them, in place of one of a site's modules."""
         site = self._site_of[current_key]
         layer = target if isinstance(target, SharedLayer) else site.wrapped(target_name)
         declared = lora_config.head_groups is not None
@@ -177,6 +184,8 @@ class AsymGQAModel(LoraModel):
             site.layout(adapter_name).declared = False
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # The first that PEFT calls after its from_pretrained has dispatched an offloaded base anew.
+        bring_adapter_home(self.model)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
@@ -339,6 +348,8 @@ class AsymGQAModel(LoraModel):
         self._warn_if_uninitialized([name])
         if safe_merge:
             self._check_finite(name)
+        if is_offloaded(self.model):
+            raise ValueError("The base is offloaded: load base and adapter in main memory to merge them.")
         plan = self.plan_export(name, **layout)  # may refuse: nothing has changed yet
         _warn_of_hooks(self.model)
         self.unmerge_adapter()

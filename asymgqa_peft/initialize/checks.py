@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..adapter.model import AsymGQAModel
+from ..adapter.offload import weights_without_a_place
 from ..heads import AttentionWeights
 
 
@@ -31,8 +32,8 @@ def checked_model(model: PeftModel, adapter_name: str | None) -> tuple[AsymGQAMo
         )
     if any(layer.disable_adapters for layer in layers):
         raise ValueError("the adapter is disabled: leave disable_adapter() first.")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("some weights are on the meta device (offloaded or not loaded): place them on real devices.")
+    if weights_without_a_place(model):
+        raise ValueError("some weights are on the meta device and were never loaded: place them on real devices.")
     return tuner, adapter_name
 
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..adapter.checks import largest_group
 from ..adapter.model import AsymGQAModel
+from ..adapter.offload import in_place
 from ..adapter.site import AttentionSite, base_layer
 from ..groups import split_evenly
 from ..heads import AttentionWeights, SharedShape
@@ -90,7 +91,9 @@ class Walk:
         bar = tqdm(self.sites, desc="initialising layers", unit="layer", disable=not progress or _rank() != 0)
         for site in bar:
             try:
-                found, similarity = self._convert(site)
+                # A layer that is offloaded is loaded for its whole turn, not for each batch.
+                with in_place(self.layers[site.layer]):
+                    found, similarity = self._convert(site)
             except ValueError as error:
                 raise ValueError(f"layer {site.layer}: {error}") from error
             costs.append(found.cost)
@@ -142,11 +145,12 @@ class Walk:
         start, energies = list(streams.original), []
         with self._timed("frequencies"):
             for site in self.sites:
-                moments = self._moments(site, site.weights())
-                found, _ = self._search(moments, site.layer)
-                energies.append(next_eigenvalues(moments, found.partition, self.shared_shape))
-                with self.model.disable_adapter():
-                    self._advance(site.layer, streams.original)
+                with in_place(self.layers[site.layer]):
+                    moments = self._moments(site, site.weights())
+                    found, _ = self._search(moments, site.layer)
+                    energies.append(next_eigenvalues(moments, found.partition, self.shared_shape))
+                    with self.model.disable_adapter():
+                        self._advance(site.layer, streams.original)
         streams.original = start
         frequencies = widened_frequencies(energies, self.shared_shape, len(wanted.frequencies))
         self.shared_shape = replace(wanted, frequencies=frequencies)
@@ -193,8 +197,9 @@ class Walk:
 
     def _advance(self, index: int, stream: list[Tensor]) -> None:
         """Advance a stream by one layer."""
-        for batch, call in self.streams.run_layer(self.layers[index], index, stream):
-            stream[batch] = call().to(self.streams.storage)
+        with in_place(self.layers[index]):
+            for batch, call in self.streams.run_layer(self.layers[index], index, stream):
+                stream[batch] = self.streams.stored(call())
 
     def _moments(self, site: AttentionSite, weights: AttentionWeights) -> LayerMoments:
         """The layer's statistics on the original stream, on the CPU; projections run, attention and MLP do not."""
@@ -240,15 +245,14 @@ class Walk:
         streams, bias, targets = self.streams, base_layer(site.output).bias, []
         with self.model.disable_adapter(), recording({"output": site.output}) as record:
             for batch, call in streams.run_layer(self.layers[site.layer], site.layer, streams.original):
-                entering, streams.original[batch] = streams.original[batch], call().to(streams.storage)
+                entering, streams.original[batch] = streams.original[batch], streams.stored(call())
                 target = record["output"]
                 if bias is not None:
                     target = target - bias
-                target = target.to(streams.storage)
                 if site.family.plain_residual:
                     # o_proj's output is added to the stream, so the refit can make up for what earlier layers lost.
-                    target = target + (entering - streams.current[batch])
-                targets.append(target)
+                    target = target + (entering.to(target.device) - streams.current[batch].to(target.device))
+                targets.append(streams.stored(target))
         return targets
 
     def _search(self, moments: LayerMoments, index: int) -> tuple[SearchResult, tuple[Tensor, Tensor]]:

@@ -1,0 +1,85 @@
+"""Bases that do not fit: accelerate keeps their weights in main memory or on disk until the module runs.
+
+Its hook on each such module knows where the weights are, and where they are used. On the module they are empty.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
+from accelerate.utils import align_module_device, has_offloaded_params
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+@contextmanager
+def in_place(*modules: nn.Module) -> Iterator[None]:
+    """Offloaded weights of modules and of all they hold are where they are used, loaded once, until the end.
+
+    What is written into them is lost then.
+    """
+    with ExitStack() as restored:
+        for module in modules:
+            for part in module.modules():
+                if has_offloaded_params(part):
+                    restored.enter_context(align_module_device(part))
+                    # Forwards inside find the weights in place: they neither load them again nor drop them.
+                    part._hf_hook.offload = False
+                    restored.callback(setattr, part._hf_hook, "offload", True)
+        yield
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights of a model elsewhere until they are used."""
+    return any(has_offloaded_params(module) for module in model.modules())
+
+
+def weights_without_a_place(model: nn.Module) -> list[str]:
+    """Names of weights on the meta device that no hook knows from where to load."""
+    names = []
+    for name, module in model.named_modules():
+        if not has_offloaded_params(module):
+            names += [f"{name}.{own}" for own, each in module.named_parameters(recurse=False) if each.is_meta]
+    return names
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first weights are, or will be when it runs."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if has_offloaded_params(module):
+                return torch.device(module._hf_hook.execution_device)
+            return parameter.device
+    return torch.device("cpu")
+
+
+def copy_without_hooks(module: nn.Module, memo: dict | None = None) -> nn.Module:
+    """A deep copy of a module that is `in_place`, of which accelerate knows nothing."""
+    memo = {} if memo is None else memo
+    for part in module.modules():
+        if hasattr(part, "_hf_hook"):
+            # With the hook, all weights that it might load would be copied.
+            memo[id(part._hf_hook)] = part._hf_hook
+    copied = copy.deepcopy(module, memo)
+    remove_hook_from_submodules(copied)
+    return copied
+
+
+def bring_adapter_home(model: nn.Module) -> None:
+    """Put adapters back to where they are used after PEFT's from_pretrained has offloaded them with the base.
+
+    An adapter is small, and fits queries and values with weights that no hook of a forward would load.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        for name, own in layer.named_modules():
+            if name.partition(".")[0] in ("", "base_layer") or not has_offloaded_params(own):
+                continue
+            device = own._hf_hook.execution_device
+            remove_hook_from_module(own)
+            own.to(device)

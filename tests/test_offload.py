@@ -1,0 +1,193 @@
+"""Bases larger than the GPU, which accelerate keeps in main memory or on disk: all works as on the base held whole."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import AlignDevicesHook
+from models import (
+    CASES,
+    GROUPS,
+    adapter_config,
+    assert_equal,
+    config_of,
+    logits,
+    prompt,
+    random_model,
+    tensors,
+    tiny_llama,
+    wrap,
+)
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from asymgqa_peft import AsymGQATrainer, initialize_asymgqa_weights
+from asymgqa_peft.adapter.offload import in_place, is_offloaded
+from asymgqa_peft.adapter.site import attention_sites
+from asymgqa_peft.evaluate import kl_to_reference, perplexity
+from asymgqa_peft.method.statistics import LayerStatistics
+
+IDS = prompt(16, 24)
+CPU = torch.device("cpu")
+
+
+def dispatched(base, folder):
+    """As transformers loads it: the first layer on disk, the rest in memory."""
+    base.save_pretrained(folder / "base")
+    places = {name: "cpu" for name, module in base.named_children() if not list(module.children())}
+    for name, module in base.base_model.named_children():
+        children = [name]
+        if isinstance(module, nn.ModuleList):
+            children = [f"{name}.{index}" for index in range(len(module))]
+        places |= {f"{base.base_model_prefix}.{child}": "cpu" for child in children}
+    places[attention_sites(base)[0].name.rpartition(".")[0]] = "disk"
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "base", device_map=places, offload_folder=str(folder / "offload"), attn_implementation="eager"
+    )
+
+
+KINDS = {
+    "device_map": dispatched,
+    "cpu_offload": lambda base, folder: cpu_offload(base, execution_device=CPU),
+    "disk_offload": lambda base, folder: disk_offload(base, folder / "offload", execution_device=CPU),
+}
+
+
+def initialised(base, **choices):
+    torch.manual_seed(0)
+    model = get_peft_model(base, adapter_config(**{"num_key_value_heads": 3, "r": 8} | choices)).eval()
+    return model, initialize_asymgqa_weights(model, IDS.split(8), progress=False)
+
+
+def base_of(name):
+    return random_model(config_of(CASES[name]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "olmo2", "phi3", "gpt_neox-wide-odd"])
+def test_an_offloaded_base_gives_the_adapter_of_the_whole_one(name, kind, tmp_path):
+    choices = {"head_dim": CASES[name].head_dim}
+    whole, expected = initialised(base_of(name), **choices)
+    base = KINDS[kind](base_of(name), tmp_path)
+    assert is_offloaded(base)
+    model, found = initialised(base, **choices)
+    assert is_offloaded(model)
+    assert (found.head_groups, found.costs, found.notes) == (expected.head_groups, expected.costs, expected.notes)
+    assert_equal(tensors(model, "lora_"), tensors(whole, "lora_"))
+    assert torch.equal(logits(model), logits(whole))
+    assert perplexity(model, [prompt()]) == perplexity(whole, [prompt()])
+    assert kl_to_reference(model, model, [prompt()]) == kl_to_reference(whole, whole, [prompt()])
+    options = {"input_ids": prompt(), "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**options), whole.generate(**options))
+
+
+def test_an_adapter_on_an_offloaded_base_is_saved_and_loaded(tmp_path):
+    model, _ = initialised(dispatched(tiny_llama(), tmp_path))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager"), tmp_path / "adapter"
+    )
+    assert torch.equal(logits(loaded), logits(model))
+    base = dispatched(tiny_llama(), tmp_path)
+    again = get_peft_model(base, PeftConfig.from_pretrained(tmp_path / "adapter")).eval()
+    set_peft_model_state_dict(again, load_peft_weights(tmp_path / "adapter"))
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_from_pretrained_of_peft_offloads_the_base_and_not_the_adapter(tmp_path):
+    expected = wrap(tiny_llama(), GROUPS["llama"])
+    expected.save_pretrained(tmp_path / "adapter")
+    base, prefix = tiny_llama(), "base_model.model."
+    places = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    # What PEFT goes by.
+    base.hf_device_map = dict.fromkeys((*places, "model.layers.1"), "cpu")
+    device_map = {prefix + place: "cpu" for place in places} | {f"{prefix}model.layers.1": "disk"}
+    model = PeftModel.from_pretrained(
+        base, tmp_path / "adapter", device_map=device_map, offload_dir=str(tmp_path / "offload")
+    )
+    assert {name for name, each in model.named_parameters() if each.is_meta} == {
+        name for name, _ in model.named_parameters() if ".layers.1." in name and "lora_" not in name
+    }
+    assert_equal(tensors(model, "lora_"), tensors(expected, "lora_"))
+    assert torch.equal(logits(model), logits(expected))
+    initialised_here = initialize_asymgqa_weights(model, IDS.split(8), progress=False)
+    assert initialised_here.costs == initialize_asymgqa_weights(expected, IDS.split(8), progress=False).costs
+    assert torch.equal(logits(model), logits(expected))
+
+
+def test_a_layer_is_loaded_for_its_whole_turn_and_no_other_with_it(tmp_path, monkeypatch):
+    base = tiny_llama(num_hidden_layers=4)
+    model = get_peft_model(cpu_offload(base, execution_device=CPU), adapter_config(num_key_value_heads=3)).eval()
+    loads, present, load, update = Counter(), [], AlignDevicesHook.pre_forward, LayerStatistics.update
+
+    def counted(hook, module, *args, **kwargs):
+        if hook.offload and list(module.parameters(recurse=False)):
+            loads[module] += 1
+        return load(hook, module, *args, **kwargs)
+
+    def watched(*args, **kwargs):
+        layers = model.base_model.model.model.layers
+        present.append([i for i, layer in enumerate(layers) if not layer.mlp.up_proj.base_layer.weight.is_meta])
+        return update(*args, **kwargs)
+
+    monkeypatch.setattr(AlignDevicesHook, "pre_forward", counted)
+    monkeypatch.setattr(LayerStatistics, "update", watched)
+    initialize_asymgqa_weights(model, IDS.split(1), progress=False)
+    assert len(IDS.split(1)) == 16 and sorted(map(tuple, present)) == [(layer,) for layer in range(4) for _ in IDS]
+    # Once to see what layers return, once in a layer's own turn, once for the converted stream in the next one's.
+    assert max(loads.values()) == 3
+    assert all(each.is_meta for name, each in model.named_parameters() if "lora_" not in name)
+
+
+def test_in_place_puts_everything_back_after_an_error():
+    base = cpu_offload(tiny_llama(), execution_device=CPU)
+    with pytest.raises(RuntimeError, match="inside"), in_place(base.model.layers[0]):
+        assert not any(each.is_meta for each in base.model.layers[0].parameters())
+        raise RuntimeError("inside")
+    assert all(each.is_meta for each in base.parameters())
+    assert torch.equal(logits(base), logits(tiny_llama()))
+
+
+# --- what stays refused ---
+
+
+@pytest.mark.parametrize(
+    "field", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}]
+)
+def test_what_reads_or_changes_offloaded_weights_is_refused(field):
+    base = cpu_offload(tiny_llama(), execution_device=CPU)
+    before = logits(base)
+    with pytest.raises(ValueError, match=f"The base is offloaded.*{next(iter(field))}.*Leave that unset"):
+        get_peft_model(base, adapter_config(**field))
+    assert torch.equal(logits(base), before)
+    model = get_peft_model(base, adapter_config())
+    with pytest.raises(ValueError, match=next(iter(field))):
+        model.add_adapter("second", adapter_config(**field))
+
+
+def test_weights_on_disk_that_peft_has_lost_are_refused_with_the_remedy(tmp_path):
+    wrap(tiny_llama(), GROUPS["llama"]).save_pretrained(tmp_path / "adapter")
+    base = dispatched(tiny_llama(), tmp_path)
+    with pytest.raises(ValueError, match=r"9 weights.*PeftModel.from_pretrained.*set_peft_model_state_dict"):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")
+
+
+def test_training_and_merging_into_an_offloaded_base_are_refused():
+    model = wrap(cpu_offload(tiny_llama(), execution_device=CPU), GROUPS["llama"])
+    with pytest.raises(ValueError, match="offloaded base.*backward"):
+        AsymGQATrainer(model=model)
+    with pytest.raises(ValueError, match="merge_adapter.*they are offloaded"):
+        model.merge_adapter()
+
+
+def test_a_copy_of_an_offloaded_norm_is_its_own(tmp_path):
+    base = disk_offload(base_of("qwen3"), tmp_path / "offload", execution_device=CPU)
+    model = wrap(base, CASES["qwen3"].groups)
+    expected = wrap(base_of("qwen3"), CASES["qwen3"].groups)
+    assert torch.equal(logits(model), logits(expected))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(expected))
