@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
 from asymgqa_peft import initialize_asymgqa_weights
+from asymgqa_peft.attention import grouped_sdpa
 from asymgqa_peft.method.statistics import LayerStatistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -170,6 +171,27 @@ def test_a_bf16_training_step_with_checkpointing_moves_everything(attention: str
     torch.optim.AdamW(trained.values(), lr=1e-4).step()
     assert all(p.dtype == torch.float32 for p in trained.values())
     assert [name for name, p in trained.items() if torch.equal(p, before[name])] == []
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_packed_rows_equal_float64_by_document(head_dim: int, window: int | None):
+    starts = torch.tensor([0, 300, 301, 777, 1000], dtype=torch.int32, device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    heads = torch.randn(3, 1, 4, 1000, head_dim, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    heads.requires_grad_()
+    packed = {"cu_seq_lens_q": starts, "max_length_q": 476, "sliding_window": window}
+    found, _ = grouped_sdpa(None, *heads, None, scaling=0.1, **packed)
+    # What each position may see: earlier ones of its document, within the window.
+    place = torch.arange(1000, device=DEVICE)
+    document, distance = torch.bucketize(place, starts[1:], right=True), place[:, None] - place
+    seen = (document[:, None] == document) & (distance >= 0) & (distance < (window or 1000))
+    exact = heads.detach().double().requires_grad_()
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, seen, scale=0.1).transpose(1, 2)
+    assert relative_error(found, expected) < 5e-3
+    for rows in (found, expected):
+        rows.square().sum().backward()
+    assert relative_error(heads.grad, exact.grad) < 5e-3
 
 
 @torch.no_grad()

@@ -171,6 +171,11 @@ class AsymGQAModel(LoraModel):
             if name in self.peft_config:
                 self.peft_config[name].warn_if_uninitialized()
 
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """The layers that hold the attention modules, in order."""
+        return [self.model.get_submodule(site.name.rpartition(".")[0]) for site in self.sites]
+
     def head_groups(self, adapter_name: str) -> HeadGroups:
         """The groups of an adapter in all layers."""
         layers = tuple(site.layout(adapter_name).partition for site in self.sites)

@@ -49,7 +49,7 @@ class Walk:
         self.shape = self.sites[0].shape
         self.shared_shape = self.sites[0].layout(adapter_name).shape
         self.cap = largest_group(self.config, self.shape)
-        self.layers = [tuner.model.get_submodule(site.name.rpartition(".")[0]) for site in self.sites]
+        self.layers = tuner.decoder_layers
         self.seconds: dict[str, float] = defaultdict(float)
         self.search_seconds = 0.0
         self.notes: dict[str, list[int]] = defaultdict(list)
