@@ -14,6 +14,7 @@ from accelerate.utils import TorchDynamoPlugin
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 
 from .adapter.layer import SHARED_CONTAINERS, SharedLayer
@@ -47,9 +48,9 @@ class AsymGQATrainer(SFTTrainer):
             that is passed in, or defined in a DeepSpeed config.
 
     Raises:
-        ValueError: for a bad argument, an SFTConfig option that distillation does not define, a model without shared
-            heads, with nothing to train or with an offloaded base. On the first batch,
-            for a model whose output layer is not linear or does not reproduce the model's logits.
+        ValueError: for a bad argument, several GPUs visible to one process, an SFTConfig option that distillation
+            does not define, a model without shared heads, with nothing to train or with an offloaded base. On the
+            first batch, for a model whose output layer is not linear or does not reproduce the model's logits.
     """
 
     _tag_names = [*SFTTrainer._tag_names, "asymgqa"]
@@ -57,7 +58,9 @@ class AsymGQATrainer(SFTTrainer):
 
     def __init__(
         self,
-        *args,
+        model: str | PreTrainedModel | PeftModel,
+        args: TrainingArguments | None = None,
+        *more,
         distillation_weight: float = 1.0,
         temperature: float = 1.0,
         kv_learning_rate_scale: float = 0.5,
@@ -66,6 +69,8 @@ class AsymGQATrainer(SFTTrainer):
         _check_range("distillation_weight", distillation_weight, 0.0, 1.0, "0 is plain SFT, 1 pure distillation")
         _check_range("temperature", temperature, 1e-3, 1e3, "1 leaves the distributions as they are")
         _check_range("kv_learning_rate_scale", kv_learning_rate_scale, 0.0, 1e3, "1 treats K/V like LoRA")
+        if args is not None:
+            _check_gpus(model, args)
         self.distillation_weight = float(distillation_weight)
         self.temperature = float(temperature)
         self.kv_learning_rate_scale = float(kv_learning_rate_scale)
@@ -75,7 +80,6 @@ class AsymGQATrainer(SFTTrainer):
         self._running_sums = {"train": empty, "eval": empty.clone()}
         # On a quantised base SFTTrainer rounds trainable parameters to bf16 by giving them new storage. These
         # references keep the exact values alive; nothing is copied.
-        model = args[0] if args else kwargs.get("model")
         exact_values = {}
         if isinstance(model, nn.Module) and is_offloaded(model):
             raise ValueError(
@@ -85,7 +89,7 @@ class AsymGQATrainer(SFTTrainer):
         if isinstance(model, PeftModel):
             for name, parameter in _shared_head_parameters(model):
                 exact_values[name] = parameter.data
-        super().__init__(*args, **kwargs)
+        super().__init__(model, args, *more, **kwargs)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 f"{type(self.model).__name__} has no parameter to train: load the adapter with is_trainable=True."
@@ -406,6 +410,18 @@ def _shared_head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Paramete
     for name, parameter in model.named_parameters():
         if not set(name.split(".")).isdisjoint(SHARED_CONTAINERS):
             yield name, parameter
+
+
+def _check_gpus(model: str | nn.Module, args: TrainingArguments) -> None:
+    """Raise ValueError where the Trainer would train with nn.DataParallel, which TRL finds out after it wraps a model."""
+    # A model that device_map has put elsewhere is trained where it is; one that is loaded by name may be one of these.
+    places = set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
+    is_placed = len(places) > 1 or any(args.device != torch.device(place) for place in places)
+    if args.n_gpu > 1 and not isinstance(model, str) and not is_placed:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which nn.DataParallel would share: start with `accelerate "
+            "launch` or `torchrun`, or make one visible (CUDA_VISIBLE_DEVICES=0)."
+        )
 
 
 def _check_range(name: str, value: float, low: float, high: float, remedy: str) -> None:

@@ -775,6 +775,28 @@ def test_bad_arguments_name_themselves(name, value):
         AsymGQATrainer(model=None, **{name: value})
 
 
+def with_gpus(path, count) -> SFTConfig:
+    """Arguments that see so many GPUs and no launcher."""
+    args = SFTConfig(output_dir=str(path), use_cpu=True, bf16=False, report_to=[])
+    assert args.n_gpu == 0  # sets it
+    args._n_gpu = count
+    return args
+
+
+def test_several_gpus_without_a_launcher_are_refused_before_anything_changes(tokenizer, tmp_path):
+    base = tiny_llama()
+    modules = dict(base.named_modules())
+    options = {"peft_config": adapter_config(), "train_dataset": token_dataset(documents())}
+    options |= {"processing_class": tokenizer}
+    with pytest.raises(ValueError, match="2 GPUs are visible to one process.*`accelerate launch`"):
+        AsymGQATrainer(base, with_gpus(tmp_path, 2), **options)
+    assert dict(base.named_modules()) == modules and not hasattr(base, "peft_config")
+    # As after device_map="auto", which needs no launcher.
+    base.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    trainer = AsymGQATrainer(base, with_gpus(tmp_path, 2), **options)
+    assert trainer.args.n_gpu == 1
+
+
 def test_model_without_adapter_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="PeftModel"):
         build(tiny_llama(), token_dataset(documents(4)), tokenizer, tmp_path)

@@ -147,18 +147,22 @@ class AsymGQAModel(LoraModel):
             _check_names_all_shared(model, kwargs["state_dict"])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # Again for every adapter: a later one may have wrapped q_proj or o_proj, and the hooks belong outside.
-        _remove_hooks(self.model)
+        self._install_hooks()
         for site in self.sites:
-            site.install_hooks()
             site.start(adapter_name)
-        # generate() may allocate a static cache before the first forward, and would ask the base's configuration.
-        self.model._get_static_cache_init_shape = _unknown_cache_shape
-        self.model.init_continuous_batching = _no_continuous_batching
         config = self.peft_config[adapter_name]
         if config.initialized is None:
             # Until a file that is loaded, or an initialisation, says otherwise.
             config.initialized = False
             self._newly_wrapped.add(adapter_name)
+
+    def _install_hooks(self) -> None:
+        _remove_hooks(self.model)
+        for site in self.sites:
+            site.install_hooks()
+        # generate() may allocate a static cache before the first forward, and would ask the base's configuration.
+        self.model._get_static_cache_init_shape = _unknown_cache_shape
+        self.model.init_continuous_batching = _no_continuous_batching
 
     def forward(self, *args, **kwargs):
         """The model's forward; training heads that wait for their initialisation is told once."""
@@ -343,12 +347,7 @@ class AsymGQAModel(LoraModel):
         self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **layout: bool | int | None
     ):
         if not merge:
-            self.unmerge_adapter()
-            _remove_hooks(self.model)
-            model = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
-            for site in self.sites:
-                site.restore_geometry()
-            return model
+            return self._unload(progressbar)
         name = self._adapter_to_merge(adapter_names)
         self._warn_if_uninitialized([name])
         if safe_merge:
@@ -368,6 +367,24 @@ class AsymGQAModel(LoraModel):
         # What held the old layers lets go of them.
         self.sites, self._site_of = [], {}
         return plain
+
+    def _unload(self, progressbar: bool) -> PreTrainedModel:
+        """The base without the adapter; after an error or an interrupt, the model as it was."""
+        self.unmerge_adapter()
+        children = [(module, dict(module._modules)) for module in self.model.modules()]
+        try:
+            # PEFT puts the base's modules back one by one.
+            super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+            _remove_hooks(self.model)
+            for site in self.sites:
+                site.restore_geometry()
+            return self.model
+        except BaseException:
+            for module, wrapped in children:
+                module._modules.update(wrapped)
+            self.model.peft_config = self.peft_config
+            self._install_hooks()
+            raise
 
     def _twin(self) -> AsymGQAModel:
         """A copy to be merged: it has its own weights where a merge changes them, and shares all others."""
