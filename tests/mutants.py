@@ -293,7 +293,7 @@ class Run:
         os.environ["PYTHONPATH"] = str(folder)
         sys.path[0] = str(folder)
         signal.alarm(SECONDS)
-        tests = [f"tests/{word}" if word.startswith("test_") else word for word in shlex.split(self.tests)]
+        tests = [f"tests/{word}" if word.endswith(".py") else word for word in shlex.split(self.tests)]
         options = ["-x", "-q", "-p", "no:cacheprovider", "--durations=10", f"--basetemp={folder / 'scratch'}"]
         return int(pytest.main([*options, *tests], plugins=[Watch(folder)]))
 
