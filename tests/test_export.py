@@ -464,6 +464,22 @@ def test_a_model_on_several_devices_stays_there_under_its_new_names(monkeypatch)
         plain.get_submodule(name)
 
 
+def test_a_map_to_one_device_does_not_move_a_model_that_has_moved_since(monkeypatch):
+    base = copy.deepcopy(stock("llama"))
+    base.hf_device_map = {"": 0}
+    monkeypatch.setattr(export, "dispatch_model", lambda plain, device_map: plain.to("meta"))
+    plain, _ = _merge(wrap(base, MHA_GROUPS))
+    assert plain.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_buffers_without_a_place_in_the_files_are_where_the_model_is(name: str):
+    plain, _ = _merge(adapted(name).to("meta"))
+    unsaved = {key for key, _ in plain.named_buffers()} - set(plain.state_dict())
+    assert {key.rpartition(".")[2] for key in unsaved} == {"inv_freq", "original_inv_freq"}
+    assert all(buffer.is_meta for buffer in plain.buffers())
+
+
 def test_positions_that_padding_counts_for_are_warned_about():
     """GPTBigCode's forward counts positions from the first column, OPT's from the first real token."""
     inputs, model = left_padded(), adapted("opt-single")
