@@ -275,13 +275,14 @@ class SharedProjection(SharedLayer):
             geometry = Geometry.of_base(shape)
         else:
             shared = self.layout(name).shape
+            if self.shows_heads:
+                # Without a look at the slots, which differ between layers: one compiled graph fits all of them.
+                heads = kv_heads = shape.num_attention_heads
+            else:
+                slots = self.layout(name).slots
+                heads, kv_heads = slots.num_slots, slots.kv_heads
             if self.decodes:
                 shared = shape
-            heads = kv_heads = shape.num_attention_heads
-            # Slots differ between layers: asked for only where they count, or each layer were a compiled graph of
-            # its own in training too.
-            if not self.shows_heads:
-                heads, kv_heads = self.layout(name).slots.num_slots, self.layout(name).slots.kv_heads
             geometry = Geometry(heads, kv_heads, shared.head_dim, shared.rotary_dim)
         write_geometry(attention, self.family, geometry)
         if geometry.rotary_dim == shape.rotary_dim:
