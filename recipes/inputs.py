@@ -58,10 +58,13 @@ def checked_base(source: str, revision: str | None, adapter: str) -> PretrainedC
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or adapter; exits if there is none."""
+    """The tokenizer of a model or adapter, of an adapter saved without one its base's; exits if there is none."""
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
+        with in_one_line(model_called(name)):
+            if is_adapter(name):
+                return load_tokenizer(PeftConfig.from_pretrained(name).base_model_name_or_path)
         raise SystemExit(
             f"{model_called(name)} has no tokenizer that can be loaded: put its base's tokenizer files there. "
             f"({message_of(error)})"
