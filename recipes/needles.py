@@ -210,9 +210,10 @@ def make_prompt(task: Task, context: int, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         SystemExit: if the context is too short for the task without any filler.
     """
-    answer_ids = reply_ids(task, [], tokenizer, with_answer=True)[len(reply_ids(task, [], tokenizer)) :]
+    bare = len(reply_ids(task, [], tokenizer))
+    answer_ids = reply_ids(task, [], tokenizer, with_answer=True)[bare:]
     limit = context - len(answer_ids) - REPLY_MARGIN
-    room = limit - len(reply_ids(task, [], tokenizer))
+    room = limit - bare
     if room < 0:
         raise SystemExit(f"--contexts {context}: the question alone takes {context - room} tokens, leave it out.")
     # Whole sentences from the end, words before the first of them: like a text of which the beginning is cut off.

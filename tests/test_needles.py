@@ -16,6 +16,7 @@ from recovery_runs import save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import instructions, needles
+from recipes.inputs import load_tokenizer
 
 TINY = Path(needles.__file__).parent / "tiny_model"
 GROUPS = [[list(range(6)), [6, 7, 8, 9], [10, 11, 12], [13, 14, 15]]] * 6
@@ -98,9 +99,15 @@ def test_a_chat_template_writes_the_prompt(folders):
     assert tokenizer.decode(ids) == "<user> Who?\n<assistant> It is"
 
 
+def test_an_adapter_saved_without_a_tokenizer_has_that_of_its_base(folders):
+    base, adapter, _ = folders
+    assert not list(Path(adapter).glob("tokenizer*"))
+    assert load_tokenizer(adapter).chat_template == TEMPLATE == load_tokenizer(base).chat_template
+
+
 def test_measures_are_those_of_one_prompt_at_a_time_in_float64(model, tokenizer):
     """Prompts of several lengths, in an order that batching does not keep."""
-    prompts = [*prompts_of("passkey", 200, tokenizer), *prompts_of("multikey", 180, tokenizer)]
+    prompts = [*prompts_of("passkey", 200, tokenizer), *prompts_of("multikey", 250, tokenizer)]
     random.Random(0).shuffle(prompts)
     results = needles.measure(model, prompts, tokenizer, "", SimpleNamespace(batch_tokens=700))
     assert len({len(prompt.ids) for prompt in prompts}) > 2
@@ -111,7 +118,7 @@ def test_measures_are_those_of_one_prompt_at_a_time_in_float64(model, tokenizer)
         right = torch.tensor(prompt.answer_ids)
         assert nats == pytest.approx(-logits.log_softmax(-1)[range(len(right)), right].mean().item(), rel=1e-4)
         assert accuracy == pytest.approx((logits.argmax(-1) == right).double().mean().item())
-    assert 0 < sum(results.accuracy) and results.exact == [False] * len(prompts)
+    assert sum(results.accuracy) > 0 and results.exact == [False] * len(prompts)
 
 
 class Parrot(torch.nn.Module):
@@ -159,7 +166,7 @@ def test_differences_are_of_pairs():
 
 def test_an_adapter_finds_what_its_merged_model_finds(folders, tmp_path, capsys):
     output = tmp_path / "new" / "needles.jsonl"
-    options = ["--contexts", 200, 256, "--depths", 0, 1, "--repeats", 1, "--output", output]
+    options = ["--contexts", 260, 320, "--depths", 0, 1, "--repeats", 1, "--output", output]
     rows = needles.main([*folders, "--device", "cpu", *map(str, options)])
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["model"] for line in lines] == [name for name in folders for _ in range(4)]
@@ -174,7 +181,7 @@ def test_an_adapter_finds_what_its_merged_model_finds(folders, tmp_path, capsys)
         assert mine["exact match"] == sum(mine["each prompt"]["exact"]) / 2
         assert mine["depths"]["1.0"]["nats per token"] == pytest.approx(mine["each prompt"]["nats"][1], abs=1e-4)
     printed = capsys.readouterr().out
-    assert len(rows) == 6 and printed.count("| passkey |") + printed.count("| multikey |") == 6
+    assert len(rows) == 6 and printed.count(" passkey |") == printed.count(" multikey |") == 3
     assert rows[0]["nats per token"] == pytest.approx((base[0]["nats per token"] + base[1]["nats per token"]) / 2)
 
 
@@ -233,7 +240,7 @@ def test_refusals_are_told_from_their_words():
 
 def replies_of(right: bool, refusing: bool) -> list[instructions.Reply]:
     """Replies that pass the check for a number of days and no other, and refuse everything or nothing."""
-    said = "seven" if right else "?"
+    said = "seven" if right else ""
     replies = [instructions.Reply([1, 2], said, True)] * len(instructions.CHECKED)
     refusal = instructions.Reply([3], "I cannot" if refusing else "Here", False)
     return replies + [refusal] * len(instructions.TO_REFUSE)
@@ -243,7 +250,7 @@ def test_scores_and_agreement_count_what_they_say():
     first, other = replies_of(True, True), replies_of(False, False)
     count = len(instructions.CHECKED)
     passed = sum(check("seven") for check in instructions.CHECKED.values())
-    failed = sum(check("?") for check in instructions.CHECKED.values())
+    failed = sum(check("") for check in instructions.CHECKED.values())
     assert 0 < passed < count and failed == 0
     everything = count + len(instructions.TO_REFUSE)
     assert instructions.scores(first) == {
