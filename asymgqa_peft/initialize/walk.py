@@ -49,7 +49,7 @@ class Walk:
         self.shape = self.sites[0].shape
         self.shared_shape = self.sites[0].layout(adapter_name).shape
         self.cap = largest_group(self.config, self.shape)
-        self.layers = [tuner.model.get_submodule(site.name.rpartition(".")[0]) for site in self.sites]
+        self.layers = [tuner.model.get_submodule(site.layer_name) for site in self.sites]
         self.seconds: dict[str, float] = defaultdict(float)
         self.search_seconds = 0.0
         self.notes: dict[str, list[int]] = defaultdict(list)
@@ -92,7 +92,7 @@ class Walk:
         for site in bar:
             try:
                 # A layer that is offloaded is loaded for its whole turn, not for each batch.
-                with in_place(self.layers[site.layer]):
+                with in_place(self.layers[site.layer].modules()):
                     found, similarity = self._convert(site)
             except ValueError as error:
                 raise ValueError(f"layer {site.layer}: {error}") from error
@@ -145,7 +145,7 @@ class Walk:
         start, energies = list(streams.original), []
         with self._timed("frequencies"):
             for site in self.sites:
-                with in_place(self.layers[site.layer]):
+                with in_place(self.layers[site.layer].modules()):
                     moments = self._moments(site, site.weights())
                     found, _ = self._search(moments, site.layer)
                     energies.append(next_eigenvalues(moments, found.partition, self.shared_shape))
@@ -197,7 +197,7 @@ class Walk:
 
     def _advance(self, index: int, stream: list[Tensor]) -> None:
         """Advance a stream by one layer."""
-        with in_place(self.layers[index]):
+        with in_place(self.layers[index].modules()):
             for batch, call in self.streams.run_layer(self.layers[index], index, stream):
                 stream[batch] = self.streams.stored(call())
 
