@@ -19,7 +19,7 @@ from asymgqa_peft.heads import HeadShape, SharedShape
 from asymgqa_peft.method.costs import group_costs
 from asymgqa_peft.method.statistics import LayerStatistics
 from asymgqa_peft.method.threads import map_in_threads, use_threads
-from recipes.benchmarks import conversion, decode, growth, overhead, quality_per_byte, shapes, wide_heads
+from recipes.benchmarks import conversion, decode, growth, offloaded, overhead, quality_per_byte, shapes, wide_heads
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = "--shape tiny --groups 2 --device cpu"
@@ -49,6 +49,26 @@ def test_conversion_says_where_every_second_goes(run):
     assert sum(row["measured, s"] for row in rows.values()) == pytest.approx(total["measured, s"])
     assert result["kl_initialised"] < result["kl_classic"]
     assert result["cost_over_neighbour"] < 1
+
+
+def test_an_offloaded_base_is_initialised_as_the_whole_one(run, monkeypatch):
+    result = run(offloaded, f"{TINY} --blocks 16 --length 64 --rank 4")
+    whole, again = result["arms"]
+    assert (whole["arm"], again["arm"]) == ("whole", "offloaded") and whole["groups"] == again["groups"]
+    assert again["adapters differ by"] == 0
+    assert again["x whole"] == pytest.approx(again["seconds"] / whole["seconds"])
+    (row,) = run(offloaded, f"{TINY} --blocks 16 --length 64 --rank 4 --layers 1 --only offloaded")["arms"]
+    assert row["layers"] == 1 and row["all layers, s"] == pytest.approx(2 * row["seconds"])
+    # An adapter of other weights is noticed.
+    monkeypatch.setattr(offloaded, "cpu_offload", lambda base, **_: base.float().apply(perturb))
+    with pytest.raises(SystemExit, match="the initialisations differ"):
+        offloaded.main(f"{TINY} --blocks 16 --length 64 --rank 4".split())
+
+
+def perturb(module: nn.Module) -> None:
+    """Make a module another one."""
+    for parameter in module.parameters(recurse=False):
+        parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
 
 
 def test_decode_measures_every_arm(run):

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections import Counter
+from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ from accelerate.hooks import AlignDevicesHook
 from models import (
     CASES,
     GROUPS,
+    adapted,
     adapter_config,
     assert_equal,
     config_of,
@@ -19,17 +25,20 @@ from models import (
     prompt,
     random_model,
     tensors,
+    tiny_config,
     tiny_llama,
     wrap,
 )
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from torch import nn
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from asymgqa_peft import AsymGQATrainer, initialize_asymgqa_weights
+from asymgqa_peft.adapter.export import MergedWeights
 from asymgqa_peft.adapter.offload import in_place, is_offloaded
 from asymgqa_peft.adapter.site import attention_sites
 from asymgqa_peft.evaluate import kl_to_reference, perplexity
+from asymgqa_peft.hub import save_merged
 from asymgqa_peft.method.statistics import LayerStatistics
 
 IDS = prompt(16, 24)
@@ -39,13 +48,10 @@ CPU = torch.device("cpu")
 def dispatched(base, folder):
     """As transformers loads it: the first layer on disk, the rest in memory."""
     base.save_pretrained(folder / "base")
-    places = {name: "cpu" for name, module in base.named_children() if not list(module.children())}
-    for name, module in base.base_model.named_children():
-        children = [name]
-        if isinstance(module, nn.ModuleList):
-            children = [f"{name}.{index}" for index in range(len(module))]
-        places |= {f"{base.base_model_prefix}.{child}": "cpu" for child in children}
-    places[attention_sites(base)[0].name.rpartition(".")[0]] = "disk"
+    first, places = attention_sites(base)[0].layer_name, {}
+    for name, module in base.named_modules():
+        if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            places[name] = "disk" if name.startswith(f"{first}.") else "cpu"
     return AutoModelForCausalLM.from_pretrained(
         folder / "base", device_map=places, offload_folder=str(folder / "offload"), attn_implementation="eager"
     )
@@ -146,11 +152,143 @@ def test_a_layer_is_loaded_for_its_whole_turn_and_no_other_with_it(tmp_path, mon
 
 def test_in_place_puts_everything_back_after_an_error():
     base = cpu_offload(tiny_llama(), execution_device=CPU)
-    with pytest.raises(RuntimeError, match="inside"), in_place(base.model.layers[0]):
+    with pytest.raises(RuntimeError, match="inside"), in_place(base.model.layers[0].modules()):
         assert not any(each.is_meta for each in base.model.layers[0].parameters())
         raise RuntimeError("inside")
     assert all(each.is_meta for each in base.parameters())
     assert torch.equal(logits(base), logits(tiny_llama()))
+
+
+# --- merging ---
+
+
+def adapted_on(base, name):
+    return wrap(base, CASES[name].groups, head_dim=CASES[name].head_dim)
+
+
+def saved(model, folder, **options):
+    """What a folder holds after `save_merged`: all tensors, and the rest of its files."""
+    save_merged(model, None, folder, **options)
+    weights, files = {}, {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            weights |= load_file(path)
+        elif path.name != "model.safetensors.index.json":
+            files[path.name] = path.read_text()
+    return weights, files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "llama-equal", "olmo2", "phi3-wide", "gpt_neox", "opt-single", "gemma3"])
+def test_saving_merges_as_merging_and_saving_does(name, kind, tmp_path):
+    model = adapted_on(KINDS[kind](base_of(name), tmp_path), name)
+    before = tensors(model, "lora_")
+    found = saved(model, tmp_path / "streamed", max_shard_size="20KB", name="plain")
+    assert len(list((tmp_path / "streamed").glob("*.safetensors"))) > 3
+    whole = base_of(name)
+    # The card names where it came from.
+    whole.name_or_path = whole.config._name_or_path = model.name_or_path
+    expected = saved(adapted_on(whole, name).merge_and_unload(), tmp_path / "whole", name="plain")
+    assert_equal(found[0], expected[0])
+    assert found[1].keys() == expected[1].keys()
+    for file in ("config.json", "generation_config.json", "README.md"):
+        assert found[1][file] == expected[1][file]
+    # Nothing of the model has changed.
+    assert_equal(tensors(model, "lora_"), before)
+    assert torch.equal(logits(model), logits(adapted_on(base_of(name), name)))
+
+
+def test_a_base_in_memory_is_merged_as_it_is_saved_too(tmp_path):
+    found = saved(adapted("llama"), tmp_path / "streamed", name="plain")
+    assert_equal(found[0], saved(adapted("llama").merge_and_unload(), tmp_path / "whole", name="plain")[0])
+
+
+def test_a_base_in_main_memory_merges_into_a_plain_model_there(tmp_path):
+    model = adapted_on(cpu_offload(base_of("olmo2"), execution_device=CPU), "olmo2")
+    before = logits(model)
+    plain = model.merge_and_unload()
+    assert not any(each.is_meta for each in plain.parameters()) and not is_offloaded(plain)
+    assert_equal(tensors(plain), tensors(adapted("olmo2").merge_and_unload()))
+    torch.testing.assert_close(logits(plain), before, rtol=1e-4, atol=1e-4)
+
+
+def test_unloading_gives_the_offloaded_base_back(tmp_path):
+    for kind, offloaded in KINDS.items():
+        base = adapted_on(offloaded(base_of("llama"), tmp_path / kind), "llama").unload()
+        assert is_offloaded(base) and torch.equal(logits(base), logits(base_of("llama")))
+
+
+def test_a_save_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+    model = adapted_on(dispatched(base_of("llama"), tmp_path), "llama")
+    before, reads = set(tmp_path.iterdir()), count()
+
+    def fails(*args):
+        if next(reads) == 1:
+            raise OSError("disk broken")
+        return read(*args)
+
+    read = MergedWeights.merged
+    monkeypatch.setattr(MergedWeights, "merged", fails)
+    with pytest.raises(OSError, match="disk broken"):
+        save_merged(model, None, tmp_path / "plain")
+    assert set(tmp_path.iterdir()) == before
+    assert torch.equal(logits(model), logits(adapted("llama")))
+    save_merged(model, None, tmp_path / "plain")
+
+
+MERGED = r"""
+import re, sys, torch
+from pathlib import Path
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+from asymgqa_peft import AsymGQAConfig
+from asymgqa_peft.hub import save_merged
+
+def merge(base, way, output):
+    places = {}
+    if way == "streamed":
+        places = {"device_map": {"": "disk"}, "offload_folder": base + "-offload"}
+    torch.manual_seed(0)
+    config = AsymGQAConfig(num_key_value_heads=2, grouping="neighbour", merge="mean", r=2, init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, **places), config)
+    if way == "whole":
+        model = model.merge_and_unload()
+    save_merged(model, None, output, max_shard_size="10MB")
+
+def peak():
+    # Not ru_maxrss, which begins with what the parent had.
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+folder, way = sys.argv[1:]
+merge(folder + "/small", way, folder + "/small-" + way)  # whatever is imported only now
+before = peak()
+merge(folder + "/base", way, folder + "/" + way)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_a_merge_from_disk_to_disk_holds_a_layer_and_a_file(tmp_path):
+    """Main memory of a process of its own, beyond what it had before the base was loaded."""
+    for name, layers in (("small", 2), ("base", 60)):
+        sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": layers, "head_dim": 32}
+        base = LlamaForCausalLM(tiny_config("llama", **sizes))
+        base.save_pretrained(tmp_path / name, max_shard_size="10MB")
+    total = sum(parameter.nbytes for parameter in base.parameters())
+    assert total > 200e6
+    grown = {}
+    for way in ("streamed", "whole"):
+        command = [sys.executable, "-c", MERGED, str(tmp_path), way]
+        # What is freed goes back at once, small tensors too.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        grown[way] = int(done.stdout.split()[-1])
+    assert grown["streamed"] < total / 3 < 1.5 * total < grown["whole"], grown
+    shards = sorted((tmp_path / "whole").glob("*.safetensors"))
+    assert len(shards) > 10
+    for shard in shards:
+        assert (tmp_path / "streamed" / shard.name).read_bytes() == shard.read_bytes()
 
 
 # --- what stays refused ---
@@ -175,6 +313,13 @@ def test_weights_on_disk_that_peft_has_lost_are_refused_with_the_remedy(tmp_path
     base = dispatched(tiny_llama(), tmp_path)
     with pytest.raises(ValueError, match=r"9 weights.*PeftModel.from_pretrained.*set_peft_model_state_dict"):
         PeftModel.from_pretrained(base, tmp_path / "adapter")
+
+
+def test_a_base_on_disk_has_no_merged_model_in_memory(tmp_path):
+    model = adapted_on(dispatched(base_of("llama"), tmp_path), "llama")
+    with pytest.raises(ValueError, match=r"offloaded to disk.*save_merged\(model, tokenizer, folder\)"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model), logits(adapted("llama")))
 
 
 def test_training_and_merging_into_an_offloaded_base_are_refused():

@@ -30,9 +30,9 @@ from .checks import (
     tensor_problems,
     warn_if_not_exportable,
 )
-from .export import export_plain_model, fold_into_base
+from .export import MergedWeights, fold_into_base, plain_model, plain_model_to_save
 from .layer import SharedLayer, SharedProjection
-from .offload import bring_adapter_home, in_place, is_offloaded
+from .offload import bring_adapter_home, in_place, is_on_disk
 from .plan import ExportPlan, plan_export
 from .site import attention_sites, base_layer
 from .slots import HeadLayout
@@ -122,7 +122,7 @@ class AsymGQAModel(LoraModel):
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         # An adapter goes where the base's weights are: of offloaded ones, where they are used.
-        with in_place(target):
+        with in_place(target.modules()):
             if current_key in self._site_of:
                 self._share(lora_config, adapter_name, target, target_name, parent, current_key)
             else:
@@ -178,7 +178,7 @@ class AsymGQAModel(LoraModel):
     @property
     def decoder_layers(self) -> list[nn.Module]:
         """The layers that hold the attention modules, in order."""
-        return [self.model.get_submodule(site.name.rpartition(".")[0]) for site in self.sites]
+        return [self.model.get_submodule(site.layer_name) for site in self.sites]
 
     def head_groups(self, adapter_name: str) -> HeadGroups:
         """The groups of an adapter in all layers."""
@@ -352,16 +352,14 @@ class AsymGQAModel(LoraModel):
         self._warn_if_uninitialized([name])
         if safe_merge:
             self._check_finite(name)
-        if is_offloaded(self.model):
-            raise ValueError("The base is offloaded: load base and adapter in main memory to merge them.")
+        if is_on_disk(self.model):
+            raise ValueError(
+                "The base is offloaded to disk, and the plain model would need a place of its own: write it file by "
+                "file with asymgqa_peft.hub.save_merged(model, tokenizer, folder), which merges as it writes."
+            )
         plan = self.plan_export(name, **layout)  # may refuse: nothing has changed yet
         _warn_of_hooks(self.model)
-        self.unmerge_adapter()
-        readers = [site.reader(name) for site in self.sites]
-        twin = self._twin()
-        _remove_hooks(twin.model)
-        unloaded = LoraModel._unload_and_optionally_merge(twin, True, progressbar, safe_merge, [name])
-        plain = export_plain_model(unloaded, plan, readers)
+        plain = plain_model(self._merged_weights(name, plan, safe_merge), progressbar)
         # One step, before which nothing has changed. As after PEFT's merge, whoever holds the base has the merged one.
         vars(self.model).update(_modules=plain._modules, config=plain.config)
         # What held the old layers lets go of them.
@@ -386,16 +384,30 @@ class AsymGQAModel(LoraModel):
             self._install_hooks()
             raise
 
-    def _twin(self) -> AsymGQAModel:
-        """A copy to be merged: it has its own weights where a merge changes them, and shares all others."""
-        memo = {}
-        for tensor in (*self.parameters(), *self.buffers()):
-            memo[id(tensor)] = tensor
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, SharedLayer):
-                for parameter in module.get_base_layer().parameters():
-                    memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-        return copy.deepcopy(self, memo)
+    def plain_model_to_save(self, adapter_name: str, **layout: bool | int | None) -> PreTrainedModel:
+        """What `merge_and_unload` would return, without weights: its `save_pretrained` merges as it writes.
+
+        A decoder layer at a time, so that the plain model is never held whole, and nothing of this one changes.
+        Arguments and errors are those of `plan_export`.
+        """
+        name = self._adapter_to_merge([adapter_name])
+        self._warn_if_uninitialized([name])
+        plan = self.plan_export(name, **layout)
+        _warn_of_hooks(self.model)
+        return plain_model_to_save(self._merged_weights(name, plan, safe_merge=False))
+
+    def _merged_weights(self, adapter_name: str, plan: ExportPlan, safe_merge: bool) -> MergedWeights:
+        self.unmerge_adapter()
+
+        def unloaded(part: nn.Module) -> nn.Module:
+            # PEFT's own merge, which works on whatever a tuner holds.
+            twin = copy.copy(self)
+            twin._modules = {"model": part}
+            _remove_hooks(part)
+            return LoraModel._unload_and_optionally_merge(twin, True, False, safe_merge, [adapter_name])
+
+        readers = [site.reader(adapter_name) for site in self.sites]
+        return MergedWeights(self.model, self.sites, plan, readers, unloaded)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge one adapter into the base's weights, in the base's own shape; `unmerge_adapter` takes it back.

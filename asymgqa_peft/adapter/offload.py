@@ -6,7 +6,7 @@ Its hook on each such module knows where the weights are, and where they are use
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -17,25 +17,34 @@ from torch import nn
 
 
 @contextmanager
-def in_place(*modules: nn.Module) -> Iterator[None]:
-    """Offloaded weights of modules and of all they hold are where they are used, loaded once, until the end.
+def in_place(modules: Iterable[nn.Module]) -> Iterator[bool]:
+    """Offloaded weights of modules are where they are used, loaded once, until the end; yields whether there are any.
 
     What is written into them is lost then.
     """
+    any_is = False
     with ExitStack() as restored:
         for module in modules:
-            for part in module.modules():
-                if has_offloaded_params(part):
-                    restored.enter_context(align_module_device(part))
-                    # Forwards inside find the weights in place: they neither load them again nor drop them.
-                    part._hf_hook.offload = False
-                    restored.callback(setattr, part._hf_hook, "offload", True)
-        yield
+            if has_offloaded_params(module):
+                any_is = True
+                restored.enter_context(align_module_device(module))
+                # Forwards inside find the weights in place: they neither load them again nor drop them.
+                module._hf_hook.offload = False
+                restored.callback(setattr, module._hf_hook, "offload", True)
+        yield any_is
 
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate keeps weights of a model elsewhere until they are used."""
     return any(has_offloaded_params(module) for module in model.modules())
+
+
+def is_on_disk(model: nn.Module) -> bool:
+    """Whether accelerate left weights of a model where they were on disk."""
+    for module in model.modules():
+        if has_offloaded_params(module) and torch.device("meta") in module._hf_hook.original_devices.values():
+            return True
+    return False
 
 
 def weights_without_a_place(model: nn.Module) -> list[str]:
@@ -66,6 +75,10 @@ def copy_without_hooks(module: nn.Module, memo: dict | None = None) -> nn.Module
             memo[id(part._hf_hook)] = part._hf_hook
     copied = copy.deepcopy(module, memo)
     remove_hook_from_submodules(copied)
+    for part in copied.modules():
+        # What is left of a hook, the class's own forward: with it the module would hold itself, and its weights.
+        if getattr(vars(part).get("forward"), "__func__", None) is type(part).forward:
+            del part.forward
     return copied
 
 

@@ -53,6 +53,11 @@ class AttentionSite:
     family: Family
     shape: HeadShape
 
+    @property
+    def layer_name(self) -> str:
+        """Name of the decoder layer that the attention is in."""
+        return self.name.rpartition(".")[0]
+
     # ---- its modules ----
 
     @property
@@ -222,7 +227,7 @@ class AttentionSite:
         if self.key.lora_kv[adapter_name].weight.is_meta:
             return
         layout = self.layout(adapter_name)
-        with in_place(self.attention):
+        with in_place(self.attention.modules()):
             if not base_layer(self.key).weight.is_meta:
                 self.write(adapter_name, mean_heads(self.weights(), layout.partition, layout.shape))
 

@@ -51,7 +51,7 @@ class Streams:
 
         embeddings = model.get_input_embeddings()
         device = device_of(embeddings)
-        with in_place(embeddings), hooks_removed(layers), _passing_by(layers):
+        with in_place([embeddings]), hooks_removed(layers), _passing_by(layers):
             for index, layer in enumerate(layers):
                 layer.register_forward_pre_hook(partial(keep, index), with_kwargs=True)
             for batch in self.batches:

@@ -116,7 +116,7 @@ class Walk:
             study = None
             for site in bar:
                 # A layer that is offloaded is loaded for its whole turn, not for each batch.
-                with in_place(self.layers[site.layer]):
+                with in_place(self.layers[site.layer].modules()):
                     study, found, similarity = self._convert(site, study or self._study(site, beside), beside)
                 costs.append(found.cost)
                 neighbour_costs.append(found.neighbour_cost)
@@ -181,7 +181,7 @@ class Walk:
         start, energies = list(streams.original), []
         with self._timed("frequencies"):
             for site in self.sites:
-                with in_place(self.layers[site.layer]):
+                with in_place(self.layers[site.layer].modules()):
                     moments = self._moments(site, site.weights())
                     found, _ = self._search(moments, site.layer)
                     energies.append(next_eigenvalues(moments, found.partition, self.shared_shape))
@@ -193,7 +193,7 @@ class Walk:
 
     def _study(self, site: AttentionSite, beside: Executor) -> Study:
         """Take a layer's statistics; what follows from them alone is found on the CPU, `beside` what a GPU does."""
-        with _naming(site), in_place(self.layers[site.layer]):
+        with _naming(site), in_place(self.layers[site.layer].modules()):
             weights = site.weights()
             check_finite(weights)
             with self._timed("statistics"):
@@ -250,7 +250,7 @@ class Walk:
 
     def _advance(self, index: int, stream: list[Tensor]) -> None:
         """Advance a stream by one layer."""
-        with in_place(self.layers[index]):
+        with in_place(self.layers[index].modules()):
             for batch, call in self.streams.run_layer(self.layers[index], index, stream):
                 stream[batch] = self.streams.stored(call())
 
