@@ -124,27 +124,45 @@ def _refusal_of_width(shape: HeadShape, family: Family, model: nn.Module, kv_hea
     return None
 
 
-def warn_if_not_exportable(
+def check_exportable(model: PreTrainedModel, config: AsymGQAConfig, groups: HeadGroups, heads: SharedShape) -> None:
+    """Raise ValueError where no stock class holds the groups to wrap with, or those that a search may find.
+
+    An adapter that comes from a file is only warned of: it answers as it did before.
+    """
+    try:
+        if config.head_groups is None and config.grouping == "asymmetric":
+            check_search_exportable(model, config, groups, heads)
+        else:
+            _plan_quietly(model, config, groups, heads, duplicate_kv_heads=True)
+    except ValueError as error:
+        if config.initialized is None:
+            raise
+        warnings.warn(f"merge_and_unload will refuse this adapter, or may after a search: {error}", stacklevel=2)
+
+
+def check_search_exportable(
     model: PreTrainedModel, config: AsymGQAConfig, groups: HeadGroups, heads: SharedShape
 ) -> None:
-    """Warn if no stock class holds the groups to wrap with, or those of some sizes that a search may find."""
-    if is_quantised(model):
-        return  # a plain checkpoint is made on another base
+    """Raise ValueError if a search may find groups that no stock class holds; the given ones say how many."""
     base_heads, num_groups = groups.base_kv_heads, groups.num_key_value_heads
-    candidates = [groups]
-    if config.head_groups is None and config.grouping == "asymmetric":
-        least, most = -(-base_heads // num_groups), min(largest_group(config, heads.base), base_heads - num_groups + 1)
-        for size in range(least, most + 1):
-            rest = split_evenly(range(size, base_heads), num_groups - 1)
-            candidates.append(HeadGroups(((tuple(range(size)), *rest),) * len(groups.layers), base_heads))
-    for candidate in candidates:
+    least, most = -(-base_heads // num_groups), min(largest_group(config, heads.base), base_heads - num_groups + 1)
+    for size in range(least, most + 1):
+        rest = split_evenly(range(size, base_heads), num_groups - 1)
+        found = HeadGroups(((tuple(range(size)), *rest),) * len(groups.layers), base_heads)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what a plain checkpoint will be like is told where one is made
-                plan_export(model, config, candidate, heads)
+            _plan_quietly(model, config, found, heads)
         except ValueError as error:
-            warnings.warn(f"merge_and_unload will refuse this adapter, or may after a search: {error}", stacklevel=2)
-            return
+            remedy = f" Or max_group_size={size - 1}." if size > least else ""
+            raise ValueError(
+                f"grouping='asymmetric' may find groups of {size} KV heads, which could not be merged. {error}{remedy}"
+            ) from error
+
+
+def _plan_quietly(*args, **layout: bool) -> None:
+    """`plan_export` without its warnings: what a plain checkpoint will be like is told where one is made."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan_export(*args, **layout)
 
 
 def check_foldable(model: PreTrainedModel, sites: Sequence[AttentionSite], adapter_name: str) -> None:

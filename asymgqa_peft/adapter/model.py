@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..config import AsymGQAConfig
 from ..groups import HeadGroups
 from .checks import (
+    check_exportable,
     check_foldable,
     check_modules,
     check_modules_to_save,
@@ -28,11 +29,10 @@ from .checks import (
     is_sharded,
     shared_shape,
     tensor_problems,
-    warn_if_not_exportable,
 )
 from .export import export_plain_model, fold_into_base
 from .layer import SharedLayer, SharedProjection
-from .plan import ExportPlan, plan_export
+from .plan import ExportPlan, is_quantised, plan_export
 from .site import attention_sites, base_layer
 from .slots import HeadLayout
 
@@ -74,7 +74,7 @@ class AsymGQAModel(LoraModel):
         self._shape = shared_shape(peft_config, self._groups, site.shape, site.family, self.model)
         check_modules_to_save(peft_config, self._site_of)
         self._resolve_targets(peft_config)
-        warn_if_not_exportable(self.model, peft_config, self._groups, self._shape)
+        check_exportable(self.model, peft_config, self._groups, self._shape)
         return peft_config
 
     def _resolve_targets(self, peft_config: AsymGQAConfig) -> None:
@@ -325,6 +325,11 @@ class AsymGQAModel(LoraModel):
         self, adapter_name: str, *, duplicate_kv_heads: bool = False, cached_tokens: int | None = None
     ) -> ExportPlan:
         """What `merge_and_unload` would make of an adapter; arguments and errors are the same, nothing is changed."""
+        if is_quantised(self.model):
+            raise ValueError(
+                f"The base is quantised ({type(self.model.hf_quantizer).__name__}) and cannot hold new K/V heads: load "
+                "the base in bf16, load the adapter onto it, and merge there."
+            )
         config, groups = self.peft_config[adapter_name], self.head_groups(adapter_name)
         heads = self.sites[0].layout(adapter_name).shape
         return plan_export(self.model, config, groups, heads, duplicate_kv_heads, cached_tokens)
