@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..choices import check_width
 from ..config import AsymGQAConfig
@@ -293,17 +293,19 @@ def tensor_problems(
     own: Mapping[str, Tensor],
     may_lack_groups: Collection[str],
     embeddings: Collection[str],
+    tokens: int | None,
 ) -> list[str]:
     """What is wrong with an adapter's state dict: tensors missing, unknown, mis-shaped, of other dtypes, not finite.
 
     A whole model's state dict, as accelerate saves it, has all of the base's tensors too; an adapter's none but what
-    PEFT saves with it where the vocabulary was resized.
+    PEFT saves with it where the vocabulary was resized: the base's embeddings with rows for the added tokens.
 
     Args:
         given: what is to be loaded, by name.
         own: what the model holds, all of its adapters and the base.
         may_lack_groups: adapters whose configuration says the groups, as files of version 0.1 do alone.
         embeddings: names of the base's tensors that an adapter's file may hold.
+        tokens: how many of their rows are the base's own, the others having been added; None if nobody knows.
     """
     if not given:
         return ["it holds no tensor of this model"]
@@ -324,18 +326,26 @@ def tensor_problems(
     is_whole = all(id(tensor) in held for key, tensor in own.items() if _is_of_base(key))
     for key, tensor in given.items():
         if key not in own:
-            problems.append(f"unknown: {key}")
+            if not _is_second_copy(key, given):
+                problems.append(f"unknown: {key}")
         elif ".lora_groups." in key:
             continue  # `HeadLayout.checked` knows more about them
         elif tensor.shape != own[key].shape:
-            problems.append(f"shape {tuple(tensor.shape)} instead of {tuple(own[key].shape)}: {key}")
+            remedy = f" (resize_token_embeddings({len(tensor)}) of the base first)" if key in embeddings else ""
+            problems.append(f"shape {tuple(tensor.shape)} instead of {tuple(own[key].shape)}: {key}{remedy}")
         elif tensor.is_floating_point() != own[key].is_floating_point():
             problems.append(f"dtype {tensor.dtype} instead of {own[key].dtype}: {key}")
         elif _is_of_base(key):
             if not is_whole and key not in embeddings:
                 problems.append(f"a tensor of the base, which no adapter may change: {key}")
-            elif not is_whole:
-                replaced.append(key)
+            elif not is_whole and (row := _first_changed_row(tensor, own[key])) is not None:
+                if tokens is None:
+                    replaced.append(key)
+                elif row < tokens:
+                    problems.append(
+                        f"other embeddings of the base's own tokens, which no adapter may change: {key} (load it onto "
+                        "a base that has them; train embeddings as modules_to_save or trainable_token_indices)"
+                    )
         elif tensor.is_floating_point() and not _is_finite(tensor, own[key].dtype):
             problems.append(f"NaN or inf: {key}")
     if replaced and not problems:
@@ -343,6 +353,41 @@ def tensor_problems(
             f"The adapter file replaces the base's {', '.join(replaced)}, also while it is off.", stacklevel=4
         )
     return problems
+
+
+def _is_second_copy(key: str, given: Mapping[str, Tensor]) -> bool:
+    """Whether it holds a module that is trained whole once more, without the adapter's name.
+
+    PEFT saves the head and the embeddings of a resized vocabulary so, and passes over it when it loads them.
+    """
+    module, mark, name = key.rpartition(".modules_to_save.")
+    for other, tensor in given.items():
+        named = mark and other != key and other.startswith(module + mark) and other.endswith(f".{name}")
+        if named and torch.equal(tensor, given[key]):
+            return True
+    return False
+
+
+def _first_changed_row(given: Tensor, own: Tensor) -> int | None:
+    """The first row of an embedding that differs, in the narrower dtype of both."""
+    given, own = given.to(own.device), own.detach()
+    dtype = min(given.dtype, own.dtype, key=lambda each: each.itemsize)
+    changed = (given.to(dtype) != own.to(dtype)).reshape(len(own), -1).any(1).nonzero()
+    return int(changed[0]) if len(changed) else None
+
+
+def own_tokens(config: PretrainedConfig) -> int | None:
+    """The vocabulary of the checkpoint that a model came from, whatever it was resized to.
+
+    None if the checkpoint cannot be looked up here.
+    """
+    if not config.name_or_path:
+        return None
+    try:
+        saved, _ = type(config).get_config_dict(config.name_or_path, local_files_only=True)
+    except OSError:
+        return None
+    return saved.get("vocab_size")
 
 
 def _adapter_of(key: str) -> str | None:

@@ -27,6 +27,7 @@ from .checks import (
     check_unadapted,
     initial_groups,
     is_sharded,
+    own_tokens,
     shared_shape,
     tensor_problems,
 )
@@ -199,7 +200,8 @@ class AsymGQAModel(LoraModel):
             problems += [f"unknown: {key}" for key in unexpected_keys if key.startswith(root)]
             given = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
             own = self.state_dict(prefix=prefix, keep_vars=True)
-            problems += tensor_problems(given, own, self._declared_adapters(), self._embeddings(prefix))
+            embeddings, tokens = self._embeddings(prefix), own_tokens(self.model.config)
+            problems += tensor_problems(given, own, self._declared_adapters(), embeddings, tokens)
         turns = defaultdict(set)
         for at, layout in self._layouts(prefix):
             frequencies = state_dict.get(at + "frequencies")
@@ -327,8 +329,8 @@ class AsymGQAModel(LoraModel):
         """What `merge_and_unload` would make of an adapter; arguments and errors are the same, nothing is changed."""
         if is_quantised(self.model):
             raise ValueError(
-                f"The base is quantised ({type(self.model.hf_quantizer).__name__}) and cannot hold new K/V heads: load "
-                "the base in bf16, load the adapter onto it, and merge there."
+                f"The base is quantised ({type(self.model.hf_quantizer).__name__}) and cannot hold new K/V heads: "
+                "load the base in bf16, load the adapter onto it, and merge there."
             )
         config, groups = self.peft_config[adapter_name], self.head_groups(adapter_name)
         heads = self.sites[0].layout(adapter_name).shape

@@ -222,7 +222,7 @@ class _Planner:
             if duplicated is None:
                 raise
             if not duplicate_kv_heads:
-                raise ValueError(f"{error} Or store some K/V heads more than once: duplicate_kv_heads=True.") from error
+                raise ValueError(f"{error} Or store K/V heads more than once: duplicate_kv_heads=True.") from error
             return duplicated, None
         if duplicated is None:
             return once, None
