@@ -139,8 +139,6 @@ class AsymGQAModel(LoraModel):
         layer.update_layer(adapter_name, self._groups.layers[site.layer], self._shape, declared)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-        if adapter_name not in self.active_adapters:
-            layer.set_requires_grad(adapter_name, False)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Inject an adapter as LoRA does, then write its first shared heads and (re-)install the hooks."""
