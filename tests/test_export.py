@@ -464,6 +464,22 @@ def test_a_model_on_several_devices_stays_there_under_its_new_names(monkeypatch)
         plain.get_submodule(name)
 
 
+def test_a_map_to_one_device_does_not_move_a_model_that_has_moved_since(monkeypatch):
+    base = copy.deepcopy(stock("llama"))
+    base.hf_device_map = {"": 0}
+    monkeypatch.setattr(export, "dispatch_model", lambda plain, device_map: plain.to("meta"))
+    plain, _ = _merge(wrap(base, MHA_GROUPS))
+    assert plain.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_buffers_without_a_place_in_the_files_are_where_the_model_is(name: str):
+    plain, _ = _merge(adapted(name).to("meta"))
+    unsaved = {key for key, _ in plain.named_buffers()} - set(plain.state_dict())
+    assert {key.rpartition(".")[2] for key in unsaved} == {"inv_freq", "original_inv_freq"}
+    assert all(buffer.is_meta for buffer in plain.buffers())
+
+
 def test_positions_that_padding_counts_for_are_warned_about():
     """GPTBigCode's forward counts positions from the first column, OPT's from the first real token."""
     inputs, model = left_padded(), adapted("opt-single")
@@ -772,8 +788,8 @@ PROJECT = str(Path(asymgqa_peft.__file__).parent)
 PEFT = str(Path(peft.__file__).parent)
 
 
-def merge_stopped_at(model, line: int | None) -> int:
-    """Merge, with an interrupt at the n-th line of this project's or PEFT's code; how many lines ran."""
+def stopped_at(line: int | None, call) -> int:
+    """Call, with an interrupt at the n-th line of this project's or PEFT's code; how many lines ran."""
     lines = 0
 
     def count(frame, event, _):
@@ -786,7 +802,7 @@ def merge_stopped_at(model, line: int | None) -> int:
 
     sys.settrace(lambda frame, *_: count if frame.f_code.co_filename.startswith((PROJECT, PEFT)) else None)
     try:
-        model.merge_and_unload()
+        call()
     finally:
         sys.settrace(None)
     return lines
@@ -797,11 +813,11 @@ def merge_stopped_at(model, line: int | None) -> int:
 def test_stopped_anywhere_a_merge_has_not_begun_or_is_done(name):
     model, outcomes = adapted(name), []
     reference, state = logits(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    lines = merge_stopped_at(copy.deepcopy(model), None)
+    lines = stopped_at(None, copy.deepcopy(model).merge_and_unload)
     points = random.Random(0).sample(range(1, lines), 12)
     for line in [*points, *range(lines - 5, lines + 1)]:
         with suppress(KeyboardInterrupt):
-            merge_stopped_at(model, line)
+            stopped_at(line, model.merge_and_unload)
         found = logits(model)
         outcomes.append("lora_" in "".join(model.state_dict()))
         if outcomes[-1]:
@@ -809,5 +825,25 @@ def test_stopped_anywhere_a_merge_has_not_begun_or_is_done(name):
             assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
         else:
             torch.testing.assert_close(found, reference, atol=1e-4, rtol=0, msg=f"line {line}")
+            model = adapted(name)
+    assert outcomes.count(True) > 10 and not all(outcomes)
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2", "phi3-wide"])
+def test_stopped_anywhere_the_adapter_is_still_there_or_gone(name):
+    base, outcomes = logits(stock(name)), []
+    model = adapted(name)
+    reference, state = logits(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    lines = stopped_at(None, copy.deepcopy(model).unload)
+    for line in [*random.Random(0).sample(range(1, lines), 20), *range(lines - 5, lines + 2)]:
+        with suppress(KeyboardInterrupt):
+            stopped_at(line, model.unload)
+        outcomes.append(hasattr(model.base_model.model, "peft_config"))
+        found = logits(model.base_model.model)
+        if outcomes[-1]:
+            assert torch.equal(found, reference), f"line {line}"
+            assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+        else:
+            assert torch.equal(found, base), f"line {line}"
             model = adapted(name)
     assert outcomes.count(True) > 10 and not all(outcomes)

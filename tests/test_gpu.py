@@ -19,6 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from asymgqa_peft import initialize_asymgqa_weights
 from asymgqa_peft.adapter.offload import is_offloaded
+from asymgqa_peft.attention import grouped_sdpa
 from asymgqa_peft.initialize import streams
 from asymgqa_peft.method.statistics import LayerStatistics
 
@@ -173,6 +174,28 @@ def test_a_bf16_training_step_with_checkpointing_moves_everything(attention: str
     torch.optim.AdamW(trained.values(), lr=1e-4).step()
     assert all(p.dtype == torch.float32 for p in trained.values())
     assert [name for name, p in trained.items() if torch.equal(p, before[name])] == []
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_packed_rows_equal_float64_by_document(head_dim: int, window: int | None):
+    starts = torch.tensor([0, 300, 301, 777, 1000], dtype=torch.int32, device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    heads = torch.randn(3, 1, 4, 1000, head_dim, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    heads.requires_grad_()
+    packed = {"cu_seq_lens_q": starts, "max_length_q": 476, "sliding_window": window}
+    found, _ = grouped_sdpa(None, *heads, None, scaling=0.1, **packed)
+    # What each position may see: earlier ones of its document, within the window.
+    place = torch.arange(1000, device=DEVICE)
+    document, distance = torch.bucketize(place, starts[1:], right=True), place[:, None] - place
+    seen = (document[:, None] == document) & (distance >= 0) & (distance < (window or 1000))
+    exact = heads.detach().double().requires_grad_()
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, seen, scale=0.1).transpose(1, 2)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+    for rows in (found, expected):
+        rows.square().sum().backward()
+    largest = exact.grad.abs().max().item()
+    torch.testing.assert_close(heads.grad.double(), exact.grad, rtol=0, atol=1e-2 * largest)
 
 
 @torch.no_grad()

@@ -113,6 +113,26 @@ def test_nothing_to_repair_changes_nothing():
     torch.testing.assert_close(refit.output_mix(3), identity, rtol=0, atol=1e-9)
 
 
+def test_before_any_token_nothing_changes():
+    weight, _, _ = problem()
+    refit = OutputRefit(weight)
+    assert not refit.change().any()
+    lora_a, lora_b = refit.low_rank(3)
+    assert not (lora_b @ lora_a).any()
+
+
+def test_a_head_mix_is_the_identity_where_a_head_writes_nothing():
+    """In the directions that o_proj does not read from a head, any matrix is as good: it stays the one that it is."""
+    weight, inputs, targets = problem()
+    weight[:, :4] = 0  # the first of three heads, and a direction of the second
+    weight[:, 4] = 0
+    first, second, third = fitted(weight, inputs, targets).output_mix(3)
+    identity = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(first, identity)
+    torch.testing.assert_close(second[0], identity[0])
+    assert (third - identity).abs().max() > 0.1
+
+
 def test_factors_are_balanced():
     lora_a, lora_b = fitted(*problem()).low_rank(4, scaling=2.0)
     torch.testing.assert_close(lora_a.norm(), lora_b.norm())

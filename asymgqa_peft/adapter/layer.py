@@ -196,8 +196,8 @@ class SharedProjection(SharedLayer):
 
     def heads_seen(self, adapter_name: str, x: Tensor) -> list[Tensor]:
         """(B, T, E) -> for each part the shared heads (B, T, G, W), or one per query head (B, T, H, D or W)."""
-        groups = len(self.layout(adapter_name).partition)
-        shared = self.lora_kv[adapter_name](x).unflatten(-1, (len(self.parts), groups, -1))
+        width = self.layout(adapter_name).shape.head_dim
+        shared = self.lora_kv[adapter_name](x).unflatten(-1, (len(self.parts), -1, width))
         seen = []
         for index, part in enumerate(self.parts):
             # Not unbind: OLMo clamps what it gets in place, which autograd forbids for one of several views.
@@ -274,10 +274,13 @@ class SharedProjection(SharedLayer):
         if name is None:
             geometry = Geometry.of_base(shape)
         else:
-            slots, shared = self.layout(name).slots, self.layout(name).shape
-            heads, kv_heads = slots.num_slots, slots.kv_heads
+            shared = self.layout(name).shape
             if self.shows_heads:
+                # Without a look at the slots, which differ between layers: one compiled graph fits all of them.
                 heads = kv_heads = shape.num_attention_heads
+            else:
+                slots = self.layout(name).slots
+                heads, kv_heads = slots.num_slots, slots.kv_heads
             if self.decodes:
                 shared = shape
             geometry = Geometry(heads, kv_heads, shared.head_dim, shared.rotary_dim)

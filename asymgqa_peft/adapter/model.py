@@ -32,7 +32,7 @@ from .checks import (
 )
 from .export import MergedWeights, fold_into_base, plain_model, plain_model_to_save
 from .layer import SharedLayer, SharedProjection
-from .offload import bring_adapter_home, in_place, is_on_disk
+from .offload import bring_adapter_home, in_place, is_on_disk, unnoticed
 from .plan import ExportPlan, plan_export
 from .site import attention_sites, base_layer
 from .slots import HeadLayout
@@ -145,20 +145,25 @@ class AsymGQAModel(LoraModel):
         """Inject an adapter as LoRA does, then write its first shared heads and (re-)install the hooks."""
         if kwargs.get("state_dict") is not None:
             _check_names_all_shared(model, kwargs["state_dict"])
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with unnoticed(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         # Again for every adapter: a later one may have wrapped q_proj or o_proj, and the hooks belong outside.
-        _remove_hooks(self.model)
+        self._install_hooks()
         for site in self.sites:
-            site.install_hooks()
             site.start(adapter_name)
-        # generate() may allocate a static cache before the first forward, and would ask the base's configuration.
-        self.model._get_static_cache_init_shape = _unknown_cache_shape
-        self.model.init_continuous_batching = _no_continuous_batching
         config = self.peft_config[adapter_name]
         if config.initialized is None:
             # Until a file that is loaded, or an initialisation, says otherwise.
             config.initialized = False
             self._newly_wrapped.add(adapter_name)
+
+    def _install_hooks(self) -> None:
+        _remove_hooks(self.model)
+        for site in self.sites:
+            site.install_hooks()
+        # generate() may allocate a static cache before the first forward, and would ask the base's configuration.
+        self.model._get_static_cache_init_shape = _unknown_cache_shape
+        self.model.init_continuous_batching = _no_continuous_batching
 
     def forward(self, *args, **kwargs):
         """The model's forward; training heads that wait for their initialisation is told once."""
@@ -170,6 +175,11 @@ class AsymGQAModel(LoraModel):
         for name in adapter_names:
             if name in self.peft_config:
                 self.peft_config[name].warn_if_uninitialized()
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """The layers that hold the attention modules, in order."""
+        return [self.model.get_submodule(site.layer_name) for site in self.sites]
 
     def head_groups(self, adapter_name: str) -> HeadGroups:
         """The groups of an adapter in all layers."""
@@ -338,12 +348,7 @@ class AsymGQAModel(LoraModel):
         self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **layout: bool | int | None
     ):
         if not merge:
-            self.unmerge_adapter()
-            _remove_hooks(self.model)
-            model = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
-            for site in self.sites:
-                site.restore_geometry()
-            return model
+            return self._unload(progressbar)
         name = self._adapter_to_merge(adapter_names)
         self._warn_if_uninitialized([name])
         if safe_merge:
@@ -361,6 +366,25 @@ class AsymGQAModel(LoraModel):
         # What held the old layers lets go of them.
         self.sites, self._site_of = [], {}
         return plain
+
+    def _unload(self, progressbar: bool) -> PreTrainedModel:
+        """The base without the adapter; after an error or an interrupt, the model as it was."""
+        self.unmerge_adapter()
+        children = [(module, dict(module._modules)) for module in self.model.modules()]
+        try:
+            # PEFT puts the base's modules back one by one.
+            with unnoticed(self.model):
+                super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+            _remove_hooks(self.model)
+            for site in self.sites:
+                site.restore_geometry()
+            return self.model
+        except BaseException:
+            for module, wrapped in children:
+                module._modules.update(wrapped)
+            self.model.peft_config = self.peft_config
+            self._install_hooks()
+            raise
 
     def plain_model_to_save(self, adapter_name: str, **layout: bool | int | None) -> PreTrainedModel:
         """What `merge_and_unload` would return, without weights: its `save_pretrained` merges as it writes.

@@ -6,6 +6,7 @@ one of them, so that this is the fastest way to thousands of them on either mach
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -16,14 +17,28 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
+_settings = threading.Lock()
+_callers: list[int] = []
+"""An entry for each call of `map_in_threads` that is running: how many threads torch may use outside of them."""
+
+
 def map_in_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """[function(item) for item in items], in as many threads as torch may use, each with a single-threaded torch."""
-    threads = torch.get_num_threads()
-    if min(threads, len(items)) <= 1:
-        return [function(item) for item in items]
-    torch.set_num_threads(1)  # for the threads started below, which would otherwise start as many each
+    """[function(item) for item in items], in as many threads as torch may use, each with a single-threaded torch.
+
+    Several callers at a time, from threads of their own, take as many each.
+    """
+    with _settings:
+        threads = _callers[0] if _callers else torch.get_num_threads()
+        _callers.append(threads)
+        # For the threads started below, which would otherwise start as many each.
+        torch.set_num_threads(1)
     try:
+        if min(threads, len(items)) <= 1:
+            return [function(item) for item in items]
         with ThreadPoolExecutor(min(threads, len(items))) as pool:
             return list(pool.map(function, items))
     finally:
-        torch.set_num_threads(threads)
+        with _settings:
+            _callers.pop()
+            if not _callers:
+                torch.set_num_threads(threads)
