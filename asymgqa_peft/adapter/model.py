@@ -319,7 +319,8 @@ class AsymGQAModel(LoraModel):
         """Merge one adapter and return a plain model: a stock class with a stock configuration.
 
         It is built beside the wrapped model, which needs memory for the merged projections, and takes its place in
-        one step at the end: after any error or an interrupt the model is as it was before.
+        one step at the end: after any error or an interrupt the model is as it was before. What accelerate offloads
+        is merged layer by layer where it is used, and stays offloaded, in main memory.
 
         Args:
             progressbar, safe_merge, adapter_names: as for LoRA.
@@ -330,8 +331,8 @@ class AsymGQAModel(LoraModel):
                 the configuration's `max_position_embeddings`.
 
         Raises:
-            ValueError: for several adapters, a quantised base, or groups that no stock class holds; nothing has
-                changed then.
+            ValueError: for several adapters, a quantised base, one that is offloaded to disk, or groups that no stock
+                class holds; nothing has changed then.
         """
         layout = {"duplicate_kv_heads": duplicate_kv_heads, "cached_tokens": cached_tokens}
         return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, **layout)
