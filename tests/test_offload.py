@@ -204,6 +204,16 @@ def test_a_base_in_memory_is_merged_as_it_is_saved_too(tmp_path):
     assert_equal(found[0], saved(adapted("llama").merge_and_unload(), tmp_path / "whole", name="plain")[0])
 
 
+def test_layouts_are_chosen_where_a_model_is_merged(tmp_path):
+    layout = {"duplicate_kv_heads": True, "cached_tokens": 0}
+    plain = adapted("llama").merge_and_unload(**layout)
+    assert plain.config.num_key_value_heads > CASES["llama"].num_groups
+    found = saved(adapted("llama"), tmp_path / "streamed", **layout)
+    assert_equal(found[0], tensors(plain))
+    with pytest.raises(ValueError, match="duplicate_kv_heads and cached_tokens come too late"):
+        save_merged(plain, None, tmp_path / "again", cached_tokens=0)
+
+
 def test_a_base_in_main_memory_merges_into_a_plain_model_there(tmp_path):
     model = adapted_on(cpu_offload(base_of("olmo2"), execution_device=CPU), "olmo2")
     before = logits(model)
