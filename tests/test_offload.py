@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import OffloadedWeightsLoader
 from models import (
     CASES,
     GROUPS,
@@ -203,6 +204,16 @@ def test_a_base_in_memory_is_merged_as_it_is_saved_too(tmp_path):
     assert_equal(found[0], saved(adapted("llama").merge_and_unload(), tmp_path / "whole", name="plain")[0])
 
 
+def test_layouts_are_chosen_where_a_model_is_merged(tmp_path):
+    layout = {"duplicate_kv_heads": True, "cached_tokens": 0}
+    plain = adapted("llama").merge_and_unload(**layout)
+    assert plain.config.num_key_value_heads > CASES["llama"].num_groups
+    found = saved(adapted("llama"), tmp_path / "streamed", **layout)
+    assert_equal(found[0], tensors(plain))
+    with pytest.raises(ValueError, match="duplicate_kv_heads and cached_tokens come too late"):
+        save_merged(plain, None, tmp_path / "again", cached_tokens=0)
+
+
 def test_a_base_in_main_memory_merges_into_a_plain_model_there(tmp_path):
     model = adapted_on(cpu_offload(base_of("olmo2"), execution_device=CPU), "olmo2")
     before = logits(model)
@@ -212,10 +223,23 @@ def test_a_base_in_main_memory_merges_into_a_plain_model_there(tmp_path):
     torch.testing.assert_close(logits(plain), before, rtol=1e-4, atol=1e-4)
 
 
-def test_unloading_gives_the_offloaded_base_back(tmp_path):
-    for kind, offloaded in KINDS.items():
-        base = adapted_on(offloaded(base_of("llama"), tmp_path / kind), "llama").unload()
-        assert is_offloaded(base) and torch.equal(logits(base), logits(base_of("llama")))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_adapter_and_unloading_leave_the_base_where_it_is(kind, tmp_path, monkeypatch):
+    base = KINDS[kind](base_of("llama"), tmp_path)
+    maps = {name: module._hf_hook.weights_map for name, module in base.named_modules() if hasattr(module, "_hf_hook")}
+    model = adapted_on(base, "llama")
+    model.add_adapter("second", adapter_config(num_key_value_heads=2))
+    model.set_adapter("second")
+    whole = adapted("llama")
+    whole.add_adapter("second", adapter_config(num_key_value_heads=2))
+    whole.set_adapter("second")
+    assert torch.equal(logits(model), logits(whole))
+    # Nothing loads more than it unwraps.
+    monkeypatch.setattr(OffloadedWeightsLoader, "__iter__", lambda self: pytest.fail("all weights were loaded"))
+    assert model.unload() is base and torch.equal(logits(base), logits(base_of("llama")))
+    assert is_offloaded(base)
+    for name, weights in maps.items():
+        assert base.get_submodule(name)._hf_hook.weights_map is weights
 
 
 def test_a_save_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from .checks import (
 )
 from .export import MergedWeights, fold_into_base, plain_model, plain_model_to_save
 from .layer import SharedLayer, SharedProjection
-from .offload import bring_adapter_home, in_place, is_on_disk
+from .offload import bring_adapter_home, in_place, is_on_disk, unnoticed
 from .plan import ExportPlan, is_quantised, plan_export
 from .site import attention_sites, base_layer
 from .slots import HeadLayout
@@ -144,7 +144,8 @@ class AsymGQAModel(LoraModel):
         """Inject an adapter as LoRA does, then write its first shared heads and (re-)install the hooks."""
         if kwargs.get("state_dict") is not None:
             _check_names_all_shared(model, kwargs["state_dict"])
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with unnoticed(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         # Again for every adapter: a later one may have wrapped q_proj or o_proj, and the hooks belong outside.
         self._install_hooks()
         for site in self.sites:
@@ -318,7 +319,8 @@ class AsymGQAModel(LoraModel):
         """Merge one adapter and return a plain model: a stock class with a stock configuration.
 
         It is built beside the wrapped model, which needs memory for the merged projections, and takes its place in
-        one step at the end: after any error or an interrupt the model is as it was before.
+        one step at the end: after any error or an interrupt the model is as it was before. What accelerate offloads
+        is merged layer by layer where it is used, and stays offloaded, in main memory.
 
         Args:
             progressbar, safe_merge, adapter_names: as for LoRA.
@@ -329,8 +331,8 @@ class AsymGQAModel(LoraModel):
                 the configuration's `max_position_embeddings`.
 
         Raises:
-            ValueError: for several adapters, a quantised base, or groups that no stock class holds; nothing has
-                changed then.
+            ValueError: for several adapters, a quantised base, one that is offloaded to disk, or groups that no stock
+                class holds; nothing has changed then.
         """
         layout = {"duplicate_kv_heads": duplicate_kv_heads, "cached_tokens": cached_tokens}
         return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, **layout)
@@ -377,7 +379,8 @@ class AsymGQAModel(LoraModel):
         children = [(module, dict(module._modules)) for module in self.model.modules()]
         try:
             # PEFT puts the base's modules back one by one.
-            super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+            with unnoticed(self.model):
+                super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
             _remove_hooks(self.model)
             for site in self.sites:
                 site.restore_geometry()

@@ -10,10 +10,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
+from accelerate.hooks import AlignDevicesHook, remove_hook_from_module, remove_hook_from_submodules
 from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+
+def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """The hook that loads a module's own weights; None where they stay on a device."""
+    hook = getattr(module, "_hf_hook", None)
+    if isinstance(hook, AlignDevicesHook) and hook.weights_map is not None:
+        return hook
+    return None
 
 
 @contextmanager
@@ -25,24 +33,40 @@ def in_place(modules: Iterable[nn.Module]) -> Iterator[bool]:
     any_is = False
     with ExitStack() as restored:
         for module in modules:
-            if has_offloaded_params(module):
-                any_is = True
-                restored.enter_context(align_module_device(module))
-                # Forwards inside find the weights in place: they neither load them again nor drop them.
-                module._hf_hook.offload = False
-                restored.callback(setattr, module._hf_hook, "offload", True)
+            hook = _offload_hook(module)
+            if hook is None or not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                continue
+            any_is = True
+            restored.callback(setattr, hook, "offload", hook.offload)
+            hook.offload = True
+            restored.enter_context(align_module_device(module))
+            # Forwards inside find the weights in place: they neither load them again nor drop them.
+            hook.offload = False
+            restored.callback(setattr, hook, "offload", True)
         yield any_is
+
+
+@contextmanager
+def unnoticed(model: nn.Module) -> Iterator[None]:
+    """PEFT takes an offloaded model for one that is not: it would keep in main memory whatever it loads."""
+    with ExitStack() as restored:
+        for module in model.modules():
+            if has_offloaded_params(module):
+                restored.callback(setattr, module._hf_hook, "offload", True)
+                module._hf_hook.offload = False
+        yield
 
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate keeps weights of a model elsewhere until they are used."""
-    return any(has_offloaded_params(module) for module in model.modules())
+    return any(_offload_hook(module) is not None for module in model.modules())
 
 
 def is_on_disk(model: nn.Module) -> bool:
     """Whether accelerate left weights of a model where they were on disk."""
     for module in model.modules():
-        if has_offloaded_params(module) and torch.device("meta") in module._hf_hook.original_devices.values():
+        hook = _offload_hook(module)
+        if hook is not None and torch.device("meta") in hook.original_devices.values():
             return True
     return False
 
@@ -51,7 +75,7 @@ def weights_without_a_place(model: nn.Module) -> list[str]:
     """Names of weights on the meta device that no hook knows from where to load."""
     names = []
     for name, module in model.named_modules():
-        if not has_offloaded_params(module):
+        if _offload_hook(module) is None:
             names += [f"{name}.{own}" for own, each in module.named_parameters(recurse=False) if each.is_meta]
     return names
 
@@ -60,8 +84,8 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a model's first weights are, or will be when it runs."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if has_offloaded_params(module):
-                return torch.device(module._hf_hook.execution_device)
+            if parameter.is_meta and (hook := _offload_hook(module)) is not None:
+                return torch.device(hook.execution_device)
             return parameter.device
     return torch.device("cpu")
 
@@ -91,8 +115,9 @@ def bring_adapter_home(model: nn.Module) -> None:
         if not isinstance(layer, BaseTunerLayer):
             continue
         for name, own in layer.named_modules():
-            if name.partition(".")[0] in ("", "base_layer") or not has_offloaded_params(own):
+            hook = _offload_hook(own)
+            if name.partition(".")[0] in ("", "base_layer") or hook is None:
                 continue
-            device = own._hf_hook.execution_device
+            device = hook.execution_device
             remove_hook_from_module(own)
             own.to(device)
