@@ -24,7 +24,8 @@ rm -rf "$suite"
 mkdir -p "$suite"
 # Not its package, which would come before the installed one.
 cp -R "$checkout/tests" "$checkout/scripts" "$suite"
-export HF_HUB_OFFLINE=1 PYTHONPATH=$root:$root/tests/trl_suite
+# A cache of its own: data sets of the same names may be in the user's.
+export HF_HUB_OFFLINE=1 HF_DATASETS_CACHE=$root/$suite/cache PYTHONPATH=$root:$root/tests/trl_suite
 "$python" tests/trl_suite/prepare.py "$suite"
 echo "$0: tests of TRL $(<"$checkout/VERSION") on TRL $version"
 cd "$suite"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import trl
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,8 @@ def save_datasets(suite: Path) -> list[str]:
         for split, rows in dataset.items():
             if "tools" in rows.column_names:
                 # As the hub has them.
-                rows = Dataset.from_list([row | {"tools": json.dumps(row["tools"])} for row in rows])
+                as_text = [json.dumps(tools) for tools in rows["tools"]]
+                rows = rows.remove_columns("tools").add_column("tools", as_text)
             rows.to_parquet(folder / config_name / f"{split}.parquet")
             if "image" not in rows.column_names:
                 texts.extend(str(row) for row in rows)
