@@ -60,7 +60,7 @@ WHOLE = "test_families.py test_peft_contract.py test_wide.py"
 # The other tests of exports wait for a process that loads them all.
 WRITTEN = (
     "-k 'folded or twice or tasks or device or invalid or long_input or left_in or fp32 or empty_slots "
-    "or without_a_place or merged_base'"
+    "or without_a_place or merged_base or epsilon'"
 )
 TESTS = {
     "groups": Tests("test_groups.py", "test_layers.py test_config.py test_groups_travel.py"),

@@ -626,6 +626,17 @@ def test_a_norm_over_all_stored_heads_forbids_duplicates():
     assert plain.config.num_key_value_heads == 3 and export_report(plain).other is None
 
 
+@torch.no_grad()
+def test_epsilon_has_the_same_share_in_a_norm_over_empty_slots():
+    """Of queries that are no larger than the root of it."""
+    base = random_model(config_of(replace(CASES["olmo2"], overrides=CASES["olmo2"].overrides | {"rms_norm_eps": 0.5})))
+    model = wrap(base, LOPSIDED)
+    expected = model(prompt()).logits
+    plain = model.merge_and_unload()
+    assert plain.config.num_attention_heads > HEADS
+    assert (plain(prompt()).logits - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
 def test_duplicates_fit_where_padding_does_not():
     overrides = {"attention_bias": True, "hidden_size": 80}  # 80 has no multiple of 3 up to 30, but 10 = 5 x 2
     model = wrap(random_model(config_of(replace(CASES["llama"], overrides=overrides))), LOPSIDED)

@@ -64,11 +64,12 @@ def test_never_raises_the_error_and_a_higher_rank_is_no_worse(seed, rank, scalin
     assert penalised[1] <= penalised[0] * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("scaling", [0.5, -0.5])
 @pytest.mark.parametrize("rank", [min(E, WIDTH), E + 3])
-def test_enough_rank_is_the_full_solution(rank):
+def test_enough_rank_is_the_full_solution(rank, scaling):
     refit = fitted(*problem())
-    lora_a, lora_b = refit.low_rank(rank, scaling=0.5)
-    torch.testing.assert_close(0.5 * lora_b @ lora_a, refit.change())
+    lora_a, lora_b = refit.low_rank(rank, scaling)
+    torch.testing.assert_close(scaling * lora_b @ lora_a, refit.change())
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
@@ -161,7 +162,9 @@ def test_subspace_iteration_finds_the_best_change_of_a_wide_layer():
     def lost(change):
         return ((change - refit.change()) @ root).norm()
 
-    assert lost(torch.mm(*reversed(refit.low_rank(rank)))) < lost(left @ left.T @ refit.change()) * 1.001
+    lora_a, lora_b = refit.low_rank(rank)
+    assert lora_a.shape == (rank, width) and lora_b.shape == (width, rank)
+    assert lost(lora_b @ lora_a) < lost(left @ left.T @ refit.change()) * 1.001
 
 
 def head_matrices(heads: int, seed: int = 5) -> torch.Tensor:

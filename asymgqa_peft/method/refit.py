@@ -84,7 +84,7 @@ class OutputRefit:
         lora_a, lora_b = basis.T @ change, basis
         # Both factors become equally large, so that neither trains faster than the other. A change of nothing stays
         # unbalanced: both factors would be zero, and no gradient could leave it.
-        balance = (torch.maximum(lora_a.norm(), 1e-6 * self.weight.norm()) / lora_b.norm()).sqrt()
+        balance = (lora_a.norm().clamp_min(1e-6 * self.weight.norm()) / lora_b.norm()).sqrt()
         share = abs(scaling) ** 0.5
         lora_a, lora_b = lora_a / (balance * share), lora_b * balance / share
         if scaling < 0:
@@ -130,7 +130,7 @@ def _top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     By subspace iteration where that is far cheaper (E 4096, rank 32: seconds instead of half a minute). Whatever it
     leaves of the optimum, projecting on orthonormal vectors cannot raise the refit's objective.
     """
-    symmetric = (matrix + matrix.mT) / 2
+    symmetric = matrix + matrix.mT  # twice the matrix, up to rounding: the same eigenvectors
     size = 2 * rank + _SPARE_VECTORS
     if size * 4 > len(symmetric):
         return torch.linalg.eigh(symmetric)[1][:, -rank:]
