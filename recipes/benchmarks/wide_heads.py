@@ -252,8 +252,7 @@ class Grid:
 
     def recover(self, model, options: RecoveryOptions, lines: list[dict], common: dict) -> None:
         """Train the initialised model for every number of tokens in `lines`, each from the start, and measure."""
-        args = self.args
-        recovery = Recovery(model, self.base, self.head, options, args.block_size, args.compile, args.graph)
+        args, recovery = self.args, None
         for line in lines:
             needed = 30 + line["tokens"] / self.tokens_per_second
             if self.seconds_left() < needed:
@@ -262,6 +261,9 @@ class Grid:
                 )
                 continue
             self.prepare_lessons()
+            if recovery is None:
+                # Not before it is needed: it puts the model back to its start.
+                recovery = Recovery(model, self.base, self.head, options, args.block_size, args.compile, args.graph)
             order = self.order[: options.steps(line["tokens"], args.block_size) * options.batch_size]
             trained = recovery.run(self.training, self.lessons, order) | {"peak_gib": self.peak()}
             self.tokens_per_second = trained["tokens_per_second"]
