@@ -201,3 +201,26 @@ def test_mix_and_low_rank_beat_low_rank_alone_where_heads_turned():
     mixed = refit.with_output_mix(refit.output_mix(3))
     together = mixed.objective(torch.mm(*reversed(mixed.low_rank(2))))
     assert together - refit.objective(refit.change()) < 0.1 * (alone - refit.objective(refit.change()))
+
+
+@pytest.mark.parametrize(("width", "factorisation"), [(400, "qr"), (60, "eigh")])
+def test_factorisations_take_one_thread_and_give_the_others_back(width: int, factorisation: str, monkeypatch):
+    """More of them wait for each other at every column, on a busy machine for most of the time."""
+    generator = torch.Generator().manual_seed(0)
+    refit = OutputRefit(torch.randn(width, 24, generator=generator))
+    refit.update(torch.randn(1, 90, 24, generator=generator), torch.randn(1, 90, width, generator=generator))
+    threads, own = [], getattr(torch.linalg, factorisation)
+
+    def watched(matrix):
+        if matrix.shape[-2] == width:
+            threads.append(torch.get_num_threads())
+        return own(matrix)
+
+    monkeypatch.setattr(torch.linalg, factorisation, watched)
+    torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        refit.low_rank(4)
+        assert set(threads) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

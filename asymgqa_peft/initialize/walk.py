@@ -77,7 +77,7 @@ class Walk:
         self.cap = largest_group(self.config, self.shape)
         self.layers = tuner.decoder_layers
         self.seconds: dict[str, float] = defaultdict(float)
-        self.search_seconds = self.merge_seconds = 0.0
+        self.search_seconds = 0.0
         self.notes: dict[str, list[int]] = defaultdict(list)
         # Of queries and of keys, by layer; empty where there are no norms.
         self.divisor_spreads: list[tuple[float, float]] = []
@@ -212,11 +212,9 @@ class Walk:
             stream = torch.cuda.stream(torch.cuda.Stream(weights.output.device))
         with torch.no_grad(), stream:
             found, similarity = self._search(moments, site.layer)
-            start = time.perf_counter()
             heads = merge_layer(moments, weights, found.partition, self.shared_shape, self.config.merge)
             if weights.output.is_cuda:
                 torch.cuda.current_stream().synchronize()
-            self.merge_seconds += time.perf_counter() - start
         return Choice(found, similarity, heads)
 
     def _convert(
