@@ -413,7 +413,7 @@ def _shared_head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Paramete
 
 
 def _check_gpus(model: str | nn.Module, args: TrainingArguments) -> None:
-    """Raise ValueError where the Trainer would train with nn.DataParallel, which TRL finds out after it wraps a model."""
+    """Raise ValueError where the Trainer would use nn.DataParallel; TRL does so too, but wraps the model before."""
     # A model that device_map has put elsewhere is trained where it is; one that is loaded by name may be one of these.
     places = set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
     is_placed = len(places) > 1 or any(args.device != torch.device(place) for place in places)

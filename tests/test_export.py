@@ -512,7 +512,7 @@ def test_where_no_class_holds_the_groups_nothing_changes(name: str):
     case = CASES[name]
     base = random_model(config_of(replace(case, overrides=case.overrides | overrides)))
     untouched = copy.deepcopy(base)
-    model = wrap(base, case.groups)
+    model = wrap(base, case.groups, initialized=True)  # as from a file, a new one is refused
     before = model(prompt()).logits
     with pytest.raises(ValueError, match=f"(?s){message}.*grouping='symmetric'"):
         model.merge_and_unload()

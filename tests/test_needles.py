@@ -144,7 +144,7 @@ class Parrot(torch.nn.Module):
 
 def test_exact_is_the_first_number_of_the_reply_and_the_whole_of_it(tokenizer):
     prompts = prompts_of("passkey", 200, tokenizer)
-    forms = [" {}.", "{}", " **{}**, {}", " {}0", " 1{}", " none"]
+    forms = [" {}.", "{}", " **{}**, {}", " {}0", " {:.4}", " none"]
     replies = {tuple(p.ids): form.format(p.answer, 12) for p, form in zip(prompts, forms, strict=True)}
     parrot = Parrot(tokenizer, replies)
     results = needles.measure(parrot, prompts, tokenizer, "", SimpleNamespace(batch_tokens=600))

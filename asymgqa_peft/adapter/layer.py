@@ -178,7 +178,6 @@ class SharedProjection(SharedLayer):
                 self.lora_query_mix[adapter_name] = HeadMix(heads, shape.pass_dim, base.pass_dim, **factory)
         if "value" in self.parts and base.free_values:
             self.lora_value_mix[adapter_name] = HeadMix(heads, base.head_dim, shape.head_dim, **factory)
-        self.set_adapter(self.active_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter's heads, gains, mixes and groups."""
@@ -334,7 +333,6 @@ class SharedNorm(SharedLayer):
             rows *= self.heads_spanned(partition)
         norm.weight = nn.Parameter(torch.empty(rows, device=self._device(), dtype=self._dtype()))
         self.lora_norm[adapter_name] = norm
-        self.set_adapter(self.active_adapters)
 
     def heads_spanned(self, partition: Partition) -> int:
         """How many heads a norm over the layer takes together."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..config import AsymGQAConfig
 from ..groups import HeadGroups
 from .checks import (
+    check_exportable,
     check_foldable,
     check_modules,
     check_modules_to_save,
@@ -26,14 +27,14 @@ from .checks import (
     check_unadapted,
     initial_groups,
     is_sharded,
+    own_tokens,
     shared_shape,
     tensor_problems,
-    warn_if_not_exportable,
 )
 from .export import MergedWeights, fold_into_base, plain_model, plain_model_to_save
 from .layer import SharedLayer, SharedProjection
 from .offload import bring_adapter_home, in_place, is_on_disk, unnoticed
-from .plan import ExportPlan, plan_export
+from .plan import ExportPlan, is_quantised, plan_export
 from .site import attention_sites, base_layer
 from .slots import HeadLayout
 
@@ -75,7 +76,7 @@ class AsymGQAModel(LoraModel):
         self._shape = shared_shape(peft_config, self._groups, site.shape, site.family, self.model)
         check_modules_to_save(peft_config, self._site_of)
         self._resolve_targets(peft_config)
-        warn_if_not_exportable(self.model, peft_config, self._groups, self._shape)
+        check_exportable(self.model, peft_config, self._groups, self._shape)
         return peft_config
 
     def _resolve_targets(self, peft_config: AsymGQAConfig) -> None:
@@ -138,8 +139,6 @@ class AsymGQAModel(LoraModel):
         layer.update_layer(adapter_name, self._groups.layers[site.layer], self._shape, declared)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-        if adapter_name not in self.active_adapters:
-            layer.set_requires_grad(adapter_name, False)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Inject an adapter as LoRA does, then write its first shared heads and (re-)install the hooks."""
@@ -214,7 +213,8 @@ class AsymGQAModel(LoraModel):
             problems += [f"unknown: {key}" for key in unexpected_keys if key.startswith(root)]
             given = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
             own = self.state_dict(prefix=prefix, keep_vars=True)
-            problems += tensor_problems(given, own, self._declared_adapters(), self._embeddings(prefix))
+            embeddings, tokens = self._embeddings(prefix), own_tokens(self.model.config)
+            problems += tensor_problems(given, own, self._declared_adapters(), embeddings, tokens)
         turns = defaultdict(set)
         for at, layout in self._layouts(prefix):
             frequencies = state_dict.get(at + "frequencies")
@@ -341,6 +341,11 @@ class AsymGQAModel(LoraModel):
         self, adapter_name: str, *, duplicate_kv_heads: bool = False, cached_tokens: int | None = None
     ) -> ExportPlan:
         """What `merge_and_unload` would make of an adapter; arguments and errors are the same, nothing is changed."""
+        if is_quantised(self.model):
+            raise ValueError(
+                f"The base is quantised ({type(self.model.hf_quantizer).__name__}) and cannot hold new K/V heads: "
+                "load the base in bf16, load the adapter onto it, and merge there."
+            )
         config, groups = self.peft_config[adapter_name], self.head_groups(adapter_name)
         heads = self.sites[0].layout(adapter_name).shape
         return plan_export(self.model, config, groups, heads, duplicate_kv_heads, cached_tokens)

@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..adapter.checks import check_search_exportable
 from ..adapter.model import AsymGQAModel
 from ..adapter.offload import weights_without_a_place
 from ..heads import AttentionWeights
@@ -34,6 +35,10 @@ def checked_model(model: PeftModel, adapter_name: str | None) -> tuple[AsymGQAMo
         raise ValueError("the adapter is disabled: leave disable_adapter() first.")
     if weights_without_a_place(model):
         raise ValueError("some weights are on the meta device and were never loaded: place them on real devices.")
+    config = tuner.peft_config[adapter_name]
+    if config.grouping == "asymmetric":
+        groups, heads = tuner.head_groups(adapter_name), tuner.sites[0].layout(adapter_name).shape
+        check_search_exportable(tuner.model, config, groups, heads)
     return tuner, adapter_name
 
 

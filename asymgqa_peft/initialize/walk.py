@@ -31,6 +31,7 @@ from ..method.norms import divisor_spread
 from ..method.refit import OutputRefit
 from ..method.search import SearchResult, search_partition
 from ..method.statistics import LayerMoments, LayerStatistics, sum_over_ranks
+from ..method.threads import use_threads
 from .checks import check_finite
 from .report import InitializationReport
 from .streams import Stop, Streams, hooks_removed, recording
@@ -111,7 +112,7 @@ class Walk:
         self._choose_frequencies()
         costs, neighbour_costs, before, after = [], [], [], []
         bar = tqdm(self.sites, desc="initialising layers", unit="layer", disable=not progress or _rank() != 0)
-        with ThreadPoolExecutor(SEARCHES) as beside:
+        with ThreadPoolExecutor(SEARCHES, initializer=use_threads, initargs=(torch.get_num_threads(),)) as beside:
             study = None
             for site in bar:
                 # A layer that is offloaded is loaded for its whole turn, not for each batch.

@@ -144,7 +144,7 @@ def build_trainer(args: argparse.Namespace, folder: str):
             gradient_checkpointing=not args.no_checkpointing,
             bf16=not on_cpu,
             use_cpu=on_cpu,
-            torch_compile=args.compile == "model",
+            torch_compile=args.compile,
             logging_steps=max(1, steps // 2),
             save_strategy="no",
             report_to=[],
@@ -156,6 +156,12 @@ def build_trainer(args: argparse.Namespace, folder: str):
     )
     weight = ARMS[args.arm].distillation_weight
     if weight is None:
+        # The Trainer would compile the model as a whole, which takes minutes: layers, as in the other arms.
+        arguments["args"].torch_compile = False
+        arguments["args"].torch_compile_backend = None
+        if args.compile:
+            for layer in arguments["model"].get_base_model().model.layers:
+                layer.compile()
         return SFTTrainer(**arguments), clock
     trainer = AsymGQATrainer(**arguments, distillation_weight=weight)
     if args.chunk_mib:
@@ -205,10 +211,6 @@ def adapted_llama(args: argparse.Namespace):
     if ARMS[args.arm].adapter == "lora":
         lora = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(model, lora)
-    if args.compile == "layers":
-        torch._dynamo.config.recompile_limit = 256
-        for layer in model.model.layers:
-            layer.compile()
     groups = max(1, config.num_key_value_heads // 4)
     # Unequal groups, as the search finds them.
     partition = shapes.unequal_groups(config.num_key_value_heads, groups)
@@ -379,7 +381,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=4, help="steps before the timed ones")
     parser.add_argument("--device", choices=["cuda", "cpu"], default=shapes.default_device())
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
-    parser.add_argument("--compile", choices=["model", "layers"], help="SFTConfig's torch_compile, or every layer")
+    parser.add_argument("--compile", action="store_true", help="compile the layers, as torch_compile of our trainer")
     parser.add_argument("--load-in-4bit", action="store_true", help="base in NF4 (bitsandbytes)")
     parser.add_argument("--memory", type=float, help="GiB of the GPU that may be used")
     parser.add_argument("--chunk-mib", type=int, default=None, help="size of one chunk's logits")
