@@ -98,9 +98,9 @@ def write_merged(folder: Path, config: AsymGQAConfig, args: Options, name: str, 
     checked_base(source, base_revision(config, args), args.adapter)
     base = AutoModelForCausalLM.from_pretrained(source, revision=base_revision(config, args), dtype=args.dtype)
     model = PeftModel.from_pretrained(base, args.adapter)
-    plain = model.merge_and_unload(
-        progressbar=True, duplicate_kv_heads=args.duplicate_kv_heads, cached_tokens=args.cached_tokens
-    )
+    layout = {"duplicate_kv_heads": args.duplicate_kv_heads, "cached_tokens": args.cached_tokens}
+    with in_one_line(f"merging {args.adapter}"):
+        plain = model.merge_and_unload(progressbar=True, **layout)
     report = export_report(plain)
     print(report, flush=True)
     tokenizer = find_tokenizer(args.adapter, source)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import AsymGQAConfig
+from ..estimates import Sizes, lack_of_memory, merge_bytes
+from ..families import head_shape
 from ..groups import HeadGroups
 from .checks import (
     check_foldable,
@@ -311,8 +313,8 @@ class AsymGQAModel(LoraModel):
                 the configuration's `max_position_embeddings`.
 
         Raises:
-            ValueError: for several adapters, a quantised base, or groups that no stock class holds; nothing has
-                changed then.
+            ValueError: for several adapters, a quantised base, groups that no stock class holds, or memory that
+                certainly does not hold it; nothing has changed then.
         """
         layout = {"duplicate_kv_heads": duplicate_kv_heads, "cached_tokens": cached_tokens}
         return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, **layout)
@@ -340,6 +342,7 @@ class AsymGQAModel(LoraModel):
         if safe_merge:
             self._check_finite(name)
         plan = self.plan_export(name, **layout)  # may refuse: nothing has changed yet
+        self._check_memory_to_merge(plan)
         _warn_of_hooks(self.model)
         self.unmerge_adapter()
         readers = [site.reader(name) for site in self.sites]
@@ -353,16 +356,31 @@ class AsymGQAModel(LoraModel):
         self.sites, self._site_of = [], {}
         return plain
 
+    def _check_memory_to_merge(self, plan: ExportPlan) -> None:
+        devices = {parameter.device for parameter in self.parameters()}
+        if len(devices) == 1 and "meta" not in {device.type for device in devices}:
+            shape = head_shape(plan.plain.config)
+            plain = shape.num_attention_heads, shape.base_kv_heads, shape.head_dim
+            copied = sum(parameter.numel() for parameter in self._merged_parameters())
+            needed = merge_bytes(Sizes.of(self.model), *plain, copied=copied)
+            remedies = "merge in main memory (move the model there with .to('cpu')), or where there is more of it"
+            if reason := lack_of_memory("The merge", needed, *devices, remedies):
+                raise ValueError(reason)
+
     def _twin(self) -> AsymGQAModel:
         """A copy to be merged: it has its own weights where a merge changes them, and shares all others."""
         memo = {}
         for tensor in (*self.parameters(), *self.buffers()):
             memo[id(tensor)] = tensor
+        for parameter in self._merged_parameters():
+            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        return copy.deepcopy(self, memo)
+
+    def _merged_parameters(self) -> Iterator[nn.Parameter]:
+        """What a merge adds LoRA to."""
         for module in self.model.modules():
             if isinstance(module, BaseTunerLayer) and not isinstance(module, SharedLayer):
-                for parameter in module.get_base_layer().parameters():
-                    memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-        return copy.deepcopy(self, memo)
+                yield from module.get_base_layer().parameters()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge one adapter into the base's weights, in the base's own shape; `unmerge_adapter` takes it back.

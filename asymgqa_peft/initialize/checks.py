@@ -11,7 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..adapter.model import AsymGQAModel
+from ..adapter.site import base_layer
+from ..estimates import Sizes, free_memory, initialization_need
 from ..heads import AttentionWeights
+from ..method.statistics import sum_over_ranks
 
 
 def checked_model(model: PeftModel, adapter_name: str | None) -> tuple[AsymGQAModel, str]:
@@ -34,6 +37,28 @@ def checked_model(model: PeftModel, adapter_name: str | None) -> tuple[AsymGQAMo
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("some weights are on the meta device (offloaded or not loaded): place them on real devices.")
     return tuner, adapter_name
+
+
+def check_memory(model: PeftModel, tuner: AsymGQAModel, adapter_name: str, batches: list[dict[str, Tensor]]) -> None:
+    """Raise ValueError, on all ranks alike, if the initialisation certainly does not fit; warn where it may not."""
+    device = base_layer(tuner.sites[0].output).weight.device
+    sizes = [batch["input_ids"].numel() for batch in batches]
+    need = initialization_need(
+        Sizes.of(tuner.model, tuner.sites[0].layout(adapter_name).shape.head_dim),
+        trained=sum(tensor.numel() for _, tensor in _adapter_tensors(model, adapter_name)),
+        tokens=sum(sizes),
+        batch=max(sizes, default=0),
+        refits=tuner.peft_config[adapter_name].refit_output,
+        gpu_free=free_memory(device) if device.type == "cuda" else None,
+    )
+    remedies = f"pass fewer than {sum(sizes):,} tokens, in batches of less than {max(sizes, default=0):,}"
+    if device.type == "cuda":
+        remedies += ", or load the base in 4 bits"
+    reason = need.lack("The initialisation", device, remedies)
+    lacking = torch.tensor([float(reason is not None)], dtype=torch.float64)
+    sum_over_ranks([lacking])
+    if lacking.item():
+        raise ValueError(reason or "The initialisation does not fit on another rank, whose error says what it needs.")
 
 
 def check_finite(weights: AttentionWeights) -> None:
