@@ -43,8 +43,9 @@ def described(found: Plan) -> str:
         lines.append(f"Engines that have run checkpoints like {', '.join(numbers)}: {', '.join(engines)}.")
     lines += [
         "What an engine needs besides: recipes/ENGINES.md.",
-        f"Memory and hours are estimates for one {card}: the rates of one H200 on models of 1 B (recovery) and 7 B "
-        "(initialisation), scaled by published bf16 ceilings. Much smaller models reach less. "
+        f"Memory and hours are estimates for one {card}. Memory is of the fullest moment, main memory without what "
+        "Python and PyTorch take; the merge is counted on the CPU. Hours are the rates of one H200 on models of 1 B "
+        "(recovery) and 7 B (initialisation), scaled by published bf16 ceilings; much smaller models reach less. "
         f"{CALIBRATION_TOKENS:,} tokens of initialisation, {RECOVERY_TOKENS:,} of recovery: the time grows with them.",
         '"4-bit": fits over a 4-bit base, whose speed was not measured; "-": does not fit.',
         "Groups of up to N heads are counted as the most unequal ones. Quality on this model is unknown before you "
@@ -69,11 +70,13 @@ def _row(number: int, choice: Choice, base: Footprint, held: str) -> dict[str, o
         "prefill FLOPs": f"{choice.plain.prefill_flops_per_token / base.prefill_flops_per_token:.2f}x",
         "class": choice.plain.model_class.removesuffix("ForCausalLM"),
         "GPU memory": None,
+        "main memory": None,
         "initialise": None,
         "recover": None,
     }
     if needed:
         row["GPU memory"] = _gigabytes(max(needed.initialization_bytes, needed.recovery_bytes))
+        row["main memory"] = _gigabytes(needed.main_bytes)
         row["initialise"] = row["recover"] = "4-bit"
         if not needed.load_in_4bit:
             row["initialise"] = _duration(needed.initialization_hours)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter.model import AsymGQAModel
 from .adapter.plan import ExportPlan, StockModel
+from .estimates import prefill_flops_per_token
 from .evaluate import kv_cache_bytes_per_token
 from .families import head_shape
 from .files import save_json
@@ -169,19 +169,3 @@ def footprint(stock: StockModel, dtype: torch.dtype, prompt_tokens: int) -> Foot
         kv_bytes_per_token=kv_cache_bytes_per_token(stock.config, dtype),
         prefill_flops_per_token=prefill_flops_per_token(empty, prompt_tokens),
     )
-
-
-def prefill_flops_per_token(model: PreTrainedModel, prompt_tokens: int) -> int:
-    """See `Footprint`; of a plain model, with weights or without."""
-    shape = head_shape(model.config)
-    attention = 2 * shape.num_attention_heads * shape.head_dim * (prompt_tokens + 1)
-    return 2 * linear_weights(model) + model.config.num_hidden_layers * attention
-
-
-def linear_weights(model: PreTrainedModel) -> int:
-    """Numbers in the weights of all linear layers but the head, which runs once per prompt, for its last token."""
-    head, weights = model.get_output_embeddings(), 0
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            weights += module.weight.numel()
-    return weights

@@ -222,7 +222,8 @@ def _choice(name: str, base: PreTrainedModel, candidate: Candidate, context: int
         raise ValueError(" ".join(notes) or "its cache would not shrink.")
     is_wide = candidate.head_dim > report.base.head_dim
     trained, _ = model.get_nb_trainable_parameters()
-    needed = estimate(base, trained, is_wide, CARDS[gpu])
+    plain = report.plain.query_slots, report.plain.kv_heads, report.plain.head_dim
+    needed = estimate(base, trained, plain, CARDS[gpu])
     return Choice(
         candidate=candidate,
         share=share,

@@ -28,6 +28,14 @@ from trl import SFTConfig, TrlParser
 
 from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, InitializationReport, initialize_asymgqa_weights
 from asymgqa_peft.attention import register_grouped_sdpa
+from asymgqa_peft.estimates import (
+    SINGLE,
+    Sizes,
+    evaluation_need,
+    free_memory,
+    initialization_need,
+    recovery_need,
+)
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
 from asymgqa_peft.files import save_json
 from asymgqa_peft.hub import check_push_target
@@ -103,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Here a base is found out that does not exist, or that the options do not fit.
     with in_one_line(model_called(args.model_name_or_path)):
         needed = bytes_to_write(args, training)
+        check_memory(args, training, initialises=checkpoint is None)
     tokenizer = load_tokenizer(args.model_name_or_path)
     check_space(output, needed - held_bytes(output))
     # LoRA starts at random.
@@ -186,8 +195,8 @@ def check_dataset(name: str) -> None:
         raise SystemExit(f"dataset={name!r}: files are read as {', '.join(FILES)}; rename plain text to .txt.")
 
 
-def bytes_to_write(args: ConversionArguments, training: SFTConfig) -> int:
-    """What the run will have on disk at its fullest moment; from the base's configuration alone."""
+def empty_model(args: ConversionArguments, training: SFTConfig) -> PeftModel:
+    """The base with an adapter, without weights; from the base's configuration alone."""
     config = AutoConfig.from_pretrained(args.model_name_or_path)
     if training.max_length > config.max_position_embeddings:
         raise ValueError(
@@ -196,19 +205,65 @@ def bytes_to_write(args: ConversionArguments, training: SFTConfig) -> int:
         )
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
-        base_parameters = base.num_parameters()
-        model = get_peft_model(base, adapter_config(args, training), low_cpu_mem_usage=True)
-    trained, _ = model.get_nb_trainable_parameters()
+        return get_peft_model(base, adapter_config(args, training), low_cpu_mem_usage=True)
+
+
+def bytes_to_write(args: ConversionArguments, training: SFTConfig) -> int:
+    """What the run will have on disk at its fullest moment."""
+    model = empty_model(args, training)
+    trained, parameters = model.get_nb_trainable_parameters()
     needed = 4 * trained + checkpoint_bytes(training, trained)
     if args.hub_adapter_id:
         # The copy that is pushed.
         needed += 4 * trained
     if args.save_plain or args.hub_merged_id:
-        dtype = config.dtype or torch.float32
+        dtype = model.config.dtype or torch.float32
         if args.load_in_4bit:
             dtype = torch.bfloat16
-        needed += dtype.itemsize * base_parameters
+        needed += dtype.itemsize * (parameters - trained)
     return needed
+
+
+def check_memory(args: ConversionArguments, training: SFTConfig, initialises: bool) -> None:
+    """Raise ValueError if what is to come certainly does not fit, and warn where it may not; no weights are read.
+
+    Of a base in main memory only what comes beyond its weights counts: these are pages of their files. What FSDP or
+    DeepSpeed shard is not estimated.
+    """
+    model, device = empty_model(args, training), training.device
+    trained, _ = model.get_nb_trainable_parameters()
+    sizes = Sizes.of(model.get_base_model(), args.head_dim)
+    held, weights = sizes.in_4bit() if args.load_in_4bit else (sizes, sizes.weights)
+    adapter, on_gpu = SINGLE * trained, device.type == "cuda"
+    before = adapter + weights if on_gpu else adapter
+    needs = []
+    if initialises:
+        batch = args.calibration_batch_size * training.max_length
+        tokens = max(batch, args.calibration_tokens // training.world_size)
+        gpu_free = free_memory(device) - before if on_gpu else None
+        need = initialization_need(held, trained, tokens, batch, args.refit_output, gpu_free)
+        remedies = "lower --calibration_tokens or --calibration_batch_size"
+        needs.append(("The initialisation", need, remedies))
+        needs.append(("The evaluation", evaluation_need(held, batch), "lower --calibration_batch_size"))
+    if not (is_fsdp_enabled() or training.deepspeed):
+        need = recovery_need(
+            held,
+            trained,
+            tokens=training.per_device_train_batch_size * training.max_length,
+            checkpointing=training.gradient_checkpointing,
+            autocast=training.bf16 or training.fp16,
+            accumulates=training.gradient_accumulation_steps > 1,
+            on_gpu=on_gpu,
+        )
+        remedies = "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps) or --lora_r"
+        if not training.gradient_checkpointing:
+            remedies = f"set --gradient_checkpointing true, or {remedies}"
+        needs.append(("The recovery", need, remedies))
+    for what, need, remedies in needs:
+        if on_gpu and not args.load_in_4bit:
+            remedies += ", or set --load_in_4bit true"
+        if reason := replace(need, device=need.device + before).lack(what, device, remedies):
+            raise ValueError(reason)
 
 
 def initialise(args: ConversionArguments, training: SFTConfig, data: Data) -> Start:

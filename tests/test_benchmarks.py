@@ -19,7 +19,17 @@ from asymgqa_peft.heads import HeadShape, SharedShape
 from asymgqa_peft.method.costs import group_costs
 from asymgqa_peft.method.statistics import LayerStatistics
 from asymgqa_peft.method.threads import map_in_threads, use_threads
-from recipes.benchmarks import conversion, decode, growth, offloaded, overhead, quality_per_byte, shapes, wide_heads
+from recipes.benchmarks import (
+    conversion,
+    decode,
+    growth,
+    memory,
+    offloaded,
+    overhead,
+    quality_per_byte,
+    shapes,
+    wide_heads,
+)
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = "--shape tiny --groups 2 --device cpu"
@@ -120,8 +130,38 @@ def test_overhead_compares_with_lora(run):
 def test_growth_fits_exponents(run):
     result = run(growth, "--device cpu --only files")
     assert result["adapter, bytes exponent"] == pytest.approx(1, abs=0.05)
+    shapes_of_width = []
+    for width in (1, 2, 4):
+        sizes = growth.SIZES["cpu"]
+        model = growth.wrapped(sizes, sizes["at"] | {"width": width}, growth.parse_args(["--device", "cpu"]))
+        heads = model.peft_config["default"]
+        shapes_of_width.append((heads.num_key_value_heads, heads.head_dim))
+    assert shapes_of_width == [(4, 16), (2, 32), (1, 64)]
     assert growth.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
     assert growth.slope([1, 2], [3, None]) is None
+
+
+def test_memory_measures_a_process_beside_its_estimate(run):
+    """Of a tiny model the libraries' own buffers are most; what is estimated is there in any case."""
+    (row,) = run(memory, "--device cpu --shapes tiny --only merge")["rows"]
+    assert 0 < row["estimate, GB"] < row["measured, GB"] < 0.2
+    assert row["ratio"] == pytest.approx(row["estimate, GB"] / row["measured, GB"])
+
+
+def test_cells_wait_for_room_and_one_that_never_fits_does_not_run():
+    queue, order = memory.Queue(100), []
+    assert not queue.enter(86) and queue.enter(50)
+
+    def second() -> None:
+        queue.enter(50)
+        order.append("second starts")
+
+    with ThreadPoolExecutor(1) as beside:
+        waiting = beside.submit(second)
+        assert not waiting.done()
+        order.append("first ends")
+        queue.leave(50)
+    assert order == ["first ends", "second starts"]
 
 
 def test_quality_per_byte_ranks_points_by_budget(run, tmp_path):

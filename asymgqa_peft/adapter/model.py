@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import AsymGQAConfig
+from ..estimates import Sizes, lack_of_memory, merge_bytes
+from ..families import head_shape
 from ..groups import HeadGroups
 from .checks import (
     check_exportable,
@@ -331,8 +333,8 @@ class AsymGQAModel(LoraModel):
                 the configuration's `max_position_embeddings`.
 
         Raises:
-            ValueError: for several adapters, a quantised base, one that is offloaded to disk, or groups that no stock
-                class holds; nothing has changed then.
+            ValueError: for several adapters, a quantised base, one that is offloaded to disk, groups that no stock
+                class holds, or memory that certainly does not hold it; nothing has changed then.
         """
         layout = {"duplicate_kv_heads": duplicate_kv_heads, "cached_tokens": cached_tokens}
         return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, **layout)
@@ -365,6 +367,7 @@ class AsymGQAModel(LoraModel):
                 "file with asymgqa_peft.hub.save_merged(model, tokenizer, folder), which merges as it writes."
             )
         plan = self.plan_export(name, **layout)  # may refuse: nothing has changed yet
+        self._check_memory_to_merge(plan)
         _warn_of_hooks(self.model)
         plain = plain_model(self._merged_weights(name, plan, safe_merge), progressbar)
         # One step, before which nothing has changed. As after PEFT's merge, whoever holds the base has the merged one.
@@ -416,6 +419,23 @@ class AsymGQAModel(LoraModel):
 
         readers = [site.reader(adapter_name) for site in self.sites]
         return MergedWeights(self.model, self.sites, plan, readers, unloaded)
+
+    def _check_memory_to_merge(self, plan: ExportPlan) -> None:
+        devices = {parameter.device for parameter in self.parameters()}
+        if len(devices) == 1 and "meta" not in {device.type for device in devices}:
+            shape = head_shape(plan.plain.config)
+            plain = shape.num_attention_heads, shape.base_kv_heads, shape.head_dim
+            copied = sum(parameter.numel() for parameter in self._merged_parameters())
+            needed = merge_bytes(Sizes.of(self.model), *plain, copied=copied)
+            remedies = "merge in main memory (move the model there with .to('cpu')), or where there is more of it"
+            if reason := lack_of_memory("The merge", needed, *devices, remedies):
+                raise ValueError(reason)
+
+    def _merged_parameters(self) -> Iterator[nn.Parameter]:
+        """What a merge adds LoRA to."""
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, SharedLayer):
+                yield from module.get_base_layer().parameters()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge one adapter into the base's weights, in the base's own shape; `unmerge_adapter` takes it back.

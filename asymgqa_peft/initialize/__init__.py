@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapter.site import evaluating
 from ..batches import checked_batches
-from .checks import all_or_nothing, checked_model
+from .checks import all_or_nothing, check_memory, checked_model
 from .report import InitializationReport
 from .streams import Streams
 from .walk import Walk
@@ -46,13 +46,14 @@ def initialize_asymgqa_weights(
         progress: show a progress bar over layers.
 
     Raises:
-        ValueError: for an unfit model or batches, too few tokens, or NaN and inf, with the layer. After any error or
-            an interrupt the model is as it was before.
+        ValueError: for an unfit model or batches, too few tokens, memory that certainly does not hold it, or NaN and
+            inf, with the layer. After any error or an interrupt the model is as it was before.
     """
     tuner, adapter_name = checked_model(model, adapter_name)
     streams = Streams(checked_batches(batches))
     walk = Walk(model, tuner, adapter_name, streams)
     walk.check_tokens()
+    check_memory(model, tuner, adapter_name, streams.batches)
     with evaluating(model), all_or_nothing(model, tuner, adapter_name):
         model.set_adapter(adapter_name)
         return walk.run(progress)

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from ..adapter.checks import check_search_exportable
 from ..adapter.model import AsymGQAModel
-from ..adapter.offload import weights_without_a_place
+from ..adapter.offload import is_offloaded, weights_without_a_place
+from ..adapter.site import base_layer
+from ..estimates import Sizes, free_memory, initialization_need
 from ..heads import AttentionWeights
+from ..method.statistics import sum_over_ranks
 
 
 def checked_model(model: PeftModel, adapter_name: str | None) -> tuple[AsymGQAModel, str]:
@@ -40,6 +43,31 @@ def checked_model(model: PeftModel, adapter_name: str | None) -> tuple[AsymGQAMo
         groups, heads = tuner.head_groups(adapter_name), tuner.sites[0].layout(adapter_name).shape
         check_search_exportable(tuner.model, config, groups, heads)
     return tuner, adapter_name
+
+
+def check_memory(model: PeftModel, tuner: AsymGQAModel, adapter_name: str, batches: list[dict[str, Tensor]]) -> None:
+    """Raise ValueError, on all ranks alike, if the initialisation certainly does not fit; warn where it may not."""
+    if is_offloaded(tuner.model):
+        # Its weights come and go, which is not estimated.
+        return
+    device = base_layer(tuner.sites[0].output).weight.device
+    sizes = [batch["input_ids"].numel() for batch in batches]
+    need = initialization_need(
+        Sizes.of(tuner.model, tuner.sites[0].layout(adapter_name).shape.head_dim),
+        trained=sum(tensor.numel() for _, tensor in _adapter_tensors(model, adapter_name)),
+        tokens=sum(sizes),
+        batch=max(sizes, default=0),
+        refits=tuner.peft_config[adapter_name].refit_output,
+        gpu_free=free_memory(device) if device.type == "cuda" else None,
+    )
+    remedies = f"pass fewer than {sum(sizes):,} tokens, in batches of less than {max(sizes, default=0):,}"
+    if device.type == "cuda":
+        remedies += ", or load the base in 4 bits"
+    reason = need.lack("The initialisation", device, remedies)
+    lacking = torch.tensor([float(reason is not None)], dtype=torch.float64)
+    sum_over_ranks([lacking])
+    if lacking.item():
+        raise ValueError(reason or "The initialisation does not fit on another rank, whose error says what it needs.")
 
 
 def check_finite(weights: AttentionWeights) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.offload import device_of, in_place
+from ..estimates import free_memory, streams_on_gpu
 
 
 class Stop(Exception):
@@ -110,10 +111,8 @@ def _storage_of_streams(hidden: Tensor, tokens: int) -> torch.device:
     """Where hidden states of so many tokens lie between layers: on their GPU if three take half of what is free."""
     if not hidden.is_cuda:
         return torch.device("cpu")
-    free, _ = torch.cuda.mem_get_info(hidden.device)
-    unused = torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
     needed = 3 * tokens * hidden.shape[-1] * hidden.itemsize
-    return hidden.device if needed <= (free + unused) / 2 else torch.device("cpu")
+    return hidden.device if streams_on_gpu(needed, free_memory(hidden.device)) else torch.device("cpu")
 
 
 @contextmanager

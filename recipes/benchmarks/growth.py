@@ -1,13 +1,14 @@
-r"""How a conversion grows with heads, head dimension, layers and tokens; import time, adapter size, loading time.
+r"""How a conversion grows with heads, their size, layers and tokens; import time, adapter size, loading time.
 
     python recipes/benchmarks/growth.py --device cpu                             # small shapes, two minutes
     python recipes/benchmarks/growth.py --device cuda                            # 8..128 heads, 64..256 dimensions
     python recipes/benchmarks/growth.py --only layers files import
 
 One axis grows at a time and the others stay; the hidden size stays too, so that heads and head dimension grow only the
-attention. The exponent of a stage is the slope of log seconds over log size, by least squares. Beside it stands the
-exponent of its largest term: the sums of outer products take tokens (H D)^2, the solve (H D)^3, the pair costs
-K^2 D^3, all of it layers. An exponent well above that is a surprise. Prints tables and one JSON line.
+attention. "width" is W / D: shared heads become wider and fewer, the bytes of the cache stay. The exponent of a stage
+is the slope of log seconds over log size, by least squares. Beside it stands the exponent of its largest term: the
+sums of outer products take tokens (H D)^2, the solve (H D)^3, the pair costs K^2 D^3, the maps of G groups of K / G
+heads G (K D / G)^3, all of it layers. An exponent well above that is a surprise. Prints tables and one JSON line.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ STAGES = ("statistics", "targets", "search", "merge", "refit", "converted stream
 LARGEST_TERM = {  # axis -> exponent of the whole: of its dearest stage
     "heads": 3.0,
     "head_dim": 3.0,
+    "width": 2.0,
     "layers": 1.0,
     "tokens": 1.0,
 }
@@ -43,17 +45,19 @@ PARTS = (*LARGEST_TERM, "files", "import")
 SIZES = {
     "cpu": {
         "hidden": 256,
-        "at": {"heads": 16, "head_dim": 16, "layers": 1, "tokens": 4096},
+        "at": {"heads": 16, "head_dim": 16, "width": 1, "layers": 1, "tokens": 4096},
         "heads": [8, 16, 32, 64],
         "head_dim": [16, 32, 64],
+        "width": [1, 2, 4],
         "layers": [1, 2, 4],
         "tokens": [4096, 8192, 16384],
     },
     "cuda": {
         "hidden": 2048,
-        "at": {"heads": 32, "head_dim": 64, "layers": 2, "tokens": 32768},
+        "at": {"heads": 32, "head_dim": 64, "width": 1, "layers": 2, "tokens": 32768},
         "heads": [8, 16, 32, 64, 128],
         "head_dim": [64, 128, 256],
+        "width": [1, 2, 4],
         "layers": [1, 2, 4, 8],
         "tokens": [16384, 32768, 65536, 131072],
     },
@@ -93,7 +97,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def wrapped(sizes: dict, point: dict, args: argparse.Namespace) -> PeftModel:
-    """A model of the point's shape under an adapter, 4:1."""
+    """A model of the point's shape under an adapter that caches a quarter."""
     config = shapes.shape_config(
         "tiny",
         point["layers"],
@@ -105,8 +109,11 @@ def wrapped(sizes: dict, point: dict, args: argparse.Namespace) -> PeftModel:
     )
     base = shapes.random_llama(config, args.device, shapes.working_dtype(args.device))
     shapes.plant_similar_heads(base, sources=point["heads"] // 2)
-    groups = point["heads"] // 4
-    return get_peft_model(base, AsymGQAConfig(num_key_value_heads=groups, r=args.rank, task_type="CAUSAL_LM"))
+    shared = {
+        "num_key_value_heads": point["heads"] // 4 // point["width"],
+        "head_dim": point["width"] * point["head_dim"],
+    }
+    return get_peft_model(base, AsymGQAConfig(**shared, r=args.rank, task_type="CAUSAL_LM"))
 
 
 def convert(sizes: dict, point: dict, args: argparse.Namespace) -> dict:
