@@ -219,13 +219,13 @@ def initialization_need(
 
     The moments of a layer that may be the fullest, as `asymgqa_peft.initialize.walk` comes to them:
 
-    - converted stream: LoRA's float32 path beside the product of an MLP's widest layer.
     - targets: two streams of hidden states and the targets, and the activations of one MLP or attention.
     - refit, first batch: those three, the sums, and the products and attention outputs that are added to them.
     - refit, solved twice: of (H D, H D) the inputs' sums and their ridge's Cholesky factor, each before and with the
       value mix (4), of (E, H D) weight, sums, residual, change and the solver's copies (7); or, while eigenvectors are
       sought, two, five, and three of (E, E).
-    - without a refit, the roots and weighted covariance of the values: eight of (K D, K D).
+    - the roots and weighted covariance of the values: eight of (K D, K D), on a GPU beside the targets of the layer
+      before.
     """
     item, hidden, queries, on_cpu = sizes.itemsize, sizes.hidden, sizes.queries, gpu_free is None
     streams = 3 * tokens * hidden * item
@@ -235,19 +235,12 @@ def initialization_need(
     product = SINGLE if item == 2 else EXACT
     cast = product if on_cpu or item > 2 else 0
     widest = sizes.mlp // sizes.readers
-    # LoRA's output before and after its scaling, in float32, beside the base's; a CPU casts that to add it.
-    lora = (item + (3 if on_cpu and item == 2 else 2) * SINGLE) * widest + item * (sizes.mlp - widest) + 10 * hidden
     forward = item * (max(sizes.mlp + widest, 6 * queries) + 4 * hidden)
     inputs, outputs, square = EXACT * queries**2, EXACT * hidden * queries, EXACT * hidden**2
     values = EXACT * sizes.keys**2
     # In float64, and in float32 for the search.
     moments = values + values // 2
-    beside = moments if on_cpu else 0
-    moments_of_layer = [
-        2 * stream + batch * lora + beside,
-        3 * stream + batch * forward + beside,
-        2 * stream + 8 * values,
-    ]
+    moments_of_layer = [3 * stream + batch * forward, (2 if on_cpu else 3) * stream + 8 * values]
     if refits:
         attention = item * 6 * queries + cast * (hidden + queries)
         sums = inputs + 2 * outputs + product * (queries + hidden) * queries
@@ -257,7 +250,8 @@ def initialization_need(
         ]
     main = SINGLE * trained
     if not on_cpu:
-        main += moments
+        # Of two layers at a time, whose groups are searched.
+        main += 2 * moments
     if not lie_here:
         main += streams
     return Need(max(moments_of_layer), main)
