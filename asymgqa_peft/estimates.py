@@ -2,7 +2,7 @@
 
 The formulas count tensors that exist at the fullest moment of the initialisation, the recovery and the merge, in the
 order in which the code makes them; recipes/benchmarks/memory.py holds them against what is measured. Rates and
-seconds are those of recipes/benchmarks/README.md ("Conversion", "Distillation's cost"); cards differ by their
+seconds are those of recipes/benchmarks/README.md ("Conversion", "Recovery's speed"); cards differ by their
 published dense bf16 matrix ceilings and their memory, and by nothing else.
 
 Axes: E hidden size, H query and K KV heads of D dimensions, W dimensions of a shared head, V vocabulary, M what the
@@ -240,7 +240,11 @@ def initialization_need(
     values = EXACT * sizes.keys**2
     # In float64, and in float32 for the search.
     moments = values + values // 2
-    moments_of_layer = [3 * stream + batch * forward, (2 if on_cpu else 3) * stream + 8 * values]
+    moments_of_layer = [3 * stream + batch * forward, 2 * stream + 8 * values]
+    if not on_cpu:
+        # Of two layers that are merged in the meantime: K or V of the base, its shared heads, what lies between.
+        merged = 2 * 3 * EXACT * sizes.keys * hidden
+        moments_of_layer = [3 * stream + merged + max(batch * forward, 8 * values)]
     if refits:
         attention = item * 6 * queries + cast * (hidden + queries)
         sums = inputs + 2 * outputs + product * (queries + hidden) * queries
@@ -379,11 +383,12 @@ BATCH_SIZES = (4, 2, 1)
 RECOVERY_TOKENS = 1500 * SEQUENCES_PER_STEP * SEQUENCE
 CALIBRATION_TOKENS, CALIBRATION_BATCH = 262_144, 4 * SEQUENCE
 
-# Training FLOPs a second of AsymGQATrainer: 8,192 tokens in 0.3345 s, counted by `training_flops_per_token`.
-RECOVERY_RATE = 2.62e14
-# FLOPs of the base's prefill over the calibration tokens, by the seconds of the whole initialisation: Llama-2-7B, 54.1
-# s for heads of the base's width and 63.5 s for heads twice as wide.
-INITIALISATION_RATE = {False: 6.54e13, True: 5.57e13}
+# Training FLOPs a second of AsymGQATrainer with compiled layers: Llama-2-7B, 8,192 tokens in 0.9678 s, counted by
+# `training_flops_per_token`.
+RECOVERY_RATE = 4.63e14
+# FLOPs of the base's prefill over the calibration tokens, by the seconds of the whole initialisation: Llama-2-7B, 38.6
+# s for heads of the base's width, and 63.5 / 54.1 times that, as measured before, for heads twice as wide.
+INITIALISATION_RATE = {False: 9.17e13, True: 7.81e13}
 # A training step with heads twice as wide, by one with heads of the base's width.
 WIDE_STEP = 1.05
 
