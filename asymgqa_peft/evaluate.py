@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
 from .adapter.layer import SharedLayer
+from .adapter.offload import device_of
 from .adapter.site import attention_sites, evaluating, unwrap
 from .batches import Batch, checked_batches
 from .families import head_shape
@@ -137,7 +138,7 @@ def decode_speed(
     model: nn.Module, batch_size: int = 8, context: int = 256, new_tokens: int = 32, repeats: int = 3
 ) -> float:
     """Tokens generated per second by greedy decoding after a prefill of `context` random tokens, median of repeats."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     synchronize = torch.get_device_module(device).synchronize
     prompt = torch.randint(0, model.config.vocab_size, (batch_size, context), device=device)
     speeds = []
@@ -161,7 +162,7 @@ def cache_argument(model: nn.Module) -> str:
 
 def _predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (B, T - 1, V), targets (B, T - 1) and mask (B, T - 1) of a checked batch."""
-    inputs = BatchEncoding(batch).to(next(model.parameters()).device)
+    inputs = BatchEncoding(batch).to(device_of(model))
     ids = inputs["input_ids"]
     labels = inputs.pop("labels", ids)  # only choose what counts: given to the model, they would cost a loss
     attended = inputs.get("attention_mask", torch.ones_like(ids)).bool()

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -99,9 +100,20 @@ def _is_no_folder(path: Path) -> bool:
 
 @contextmanager
 def _private_folder_beside(path: Path) -> Iterator[Path]:
-    """A new folder of a unique name beside ``path``, for this user only; it is removed with what it holds."""
+    """A new folder of a unique name beside ``path``, for this user only; it is removed with what it holds.
+
+    What a killed process has left of its own stays, and is told.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    private = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
+    prefix = f"{path.name}.partial-"
+    left = sorted(str(each) for each in path.parent.iterdir() if each.name.startswith(prefix))
+    if left:
+        warnings.warn(
+            f"{', '.join(left)}: left by a process that was killed while it wrote {str(path)!r}, unless one is still "
+            "writing. A folder of this name may hold the only whole copy: look into it, then remove it.",
+            stacklevel=5,
+        )
+    private = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
     try:
         yield private
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
+from .adapter.model import AsymGQAModel
 from .card import TRANSPORT_ERRORS, Conversion, base_licence, check_repo_id, checked_token, model_card
 from .files import check_replaceable, folder_beside, save_json
 from .published import check_files
@@ -63,7 +65,7 @@ def push_adapter_to_hub(
 def push_merged_to_hub(
     plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, repo_id: str, **options: object
 ) -> str:
-    """Push what `merge_and_unload` returned, with its card, in one commit; returns the repository's URL.
+    """Push a merged model, with its card, in one commit; returns the repository's URL.
 
     Arguments and errors are those of `push_adapter_to_hub`, with the options of `save_merged`. The temporary folder
     ($TMPDIR) needs free space for the model.
@@ -131,7 +133,7 @@ def save_adapter(
 
 
 def save_merged(
-    plain: PreTrainedModel,
+    plain: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path | str,
     conversion: Conversion | None = None,
@@ -139,25 +141,46 @@ def save_merged(
     name: str | None = None,
     token: str | None = None,
     max_shard_size: int | str = "5GB",
+    duplicate_kv_heads: bool = False,
+    cached_tokens: int | None = None,
     **card: object,
 ) -> None:
     """Save a merged model with its tokenizer, generation configuration, chat template and card.
 
-    Weights go to disk file by file, without a copy of the model. Arguments are those of `save_adapter`, and
-    `max_shard_size` of `save_pretrained`. The card's `conversion` is what `plain` remembers of its base; a model that
-    was loaded from a file needs one of `Conversion.from_configs`.
+    Weights go to disk file by file, without a copy of the model. A wrapped model is merged as it is written, a decoder
+    layer at a time, and stays as it is: of a base that accelerate offloads, to disk or to main memory, no more than a
+    layer and a file is held.
+
+    Args:
+        plain: what `merge_and_unload` returned, or a wrapped model, whose active adapter is merged.
+        tokenizer, folder, name, token, **card: as for `save_adapter`.
+        conversion: what the card tells of the base. It is what the model remembers; one that was loaded from a file
+            needs that of `Conversion.from_configs`.
+        max_shard_size: as for `save_pretrained`.
+        duplicate_kv_heads, cached_tokens: of a wrapped model, as for `merge_and_unload`.
 
     Raises:
-        ValueError: for a model that still has an adapter or does not remember its base, or a folder in use.
+        ValueError: for a model that does not remember its base, or a folder in use; of a wrapped model also what
+            `merge_and_unload` refuses.
     """
-    if isinstance(plain, PeftModel) or not isinstance(plain, PreTrainedModel):
+    folder, tuner = _checked_empty(folder), getattr(plain, "base_model", None)
+    if isinstance(tuner, AsymGQAModel):
+        layout = {"duplicate_kv_heads": duplicate_kv_heads, "cached_tokens": cached_tokens}
+        plain = tuner.plain_model_to_save(plain.active_adapter, **layout)
+    elif isinstance(plain, PeftModel) or not isinstance(plain, PreTrainedModel):
         raise ValueError(f"{type(plain).__name__} is not a merged model: pass what model.merge_and_unload() returns.")
-    folder = _checked_empty(folder)
+    elif duplicate_kv_heads or cached_tokens is not None:
+        raise ValueError(
+            "duplicate_kv_heads and cached_tokens come too late, the model is merged: pass a wrapped one."
+        )
     conversion = replace(conversion or Conversion.of(plain), plain=plain.config)
     licence = base_licence(conversion.base_source, conversion.base_revision, token)
     text = model_card(conversion, name=name or folder.name, licence=licence, **card)
     with folder_beside(folder) as beside:
-        plain.save_pretrained(str(beside), max_shard_size=max_shard_size)
+        with warnings.catch_warnings():
+            # That a file has to fit into memory.
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            plain.save_pretrained(str(beside), max_shard_size=max_shard_size)
         _save_tokenizer(tokenizer, beside)
         write_card(beside, text)
 

@@ -5,17 +5,20 @@ Axes: B batch, T positions, N positions that count in the loss, E hidden size, V
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 
 from .adapter.layer import SHARED_CONTAINERS, SharedLayer
+from .adapter.offload import is_offloaded
 from .distillation import CHUNK_BYTES, STATISTICS, LossSums, OutputLayer, distillation_loss
 
 
@@ -31,6 +34,9 @@ class AsymGQATrainer(SFTTrainer):
     mode and costs a forward pass. Logits exist one chunk of positions at a time: they are computed from the hidden
     states and the output layer (lm_head).
 
+    With `torch_compile=True` decoder layers are compiled one by one for the time of `train`: the model as a whole has
+    hooks that break it up, and layers of one kind share what is compiled.
+
     Logged beside SFTTrainer's metrics, as means over tokens since the last log: `distillation_loss` (the second term
     without w) and `sft_loss` (the cross-entropy).
 
@@ -42,9 +48,9 @@ class AsymGQATrainer(SFTTrainer):
             that is passed in, or defined in a DeepSpeed config.
 
     Raises:
-        ValueError: for a bad argument, an SFTConfig option that distillation does not define, a model without shared
-            heads or with nothing to train. On the first batch,
-            for a model whose output layer is not linear or does not reproduce the model's logits.
+        ValueError: for a bad argument, several GPUs visible to one process, an SFTConfig option that distillation
+            does not define, a model without shared heads, with nothing to train or with an offloaded base. On the
+            first batch, for a model whose output layer is not linear or does not reproduce the model's logits.
     """
 
     _tag_names = [*SFTTrainer._tag_names, "asymgqa"]
@@ -52,7 +58,9 @@ class AsymGQATrainer(SFTTrainer):
 
     def __init__(
         self,
-        *args,
+        model: str | PreTrainedModel | PeftModel,
+        args: TrainingArguments | None = None,
+        *more,
         distillation_weight: float = 1.0,
         temperature: float = 1.0,
         kv_learning_rate_scale: float = 0.5,
@@ -61,6 +69,8 @@ class AsymGQATrainer(SFTTrainer):
         _check_range("distillation_weight", distillation_weight, 0.0, 1.0, "0 is plain SFT, 1 pure distillation")
         _check_range("temperature", temperature, 1e-3, 1e3, "1 leaves the distributions as they are")
         _check_range("kv_learning_rate_scale", kv_learning_rate_scale, 0.0, 1e3, "1 treats K/V like LoRA")
+        if args is not None:
+            _check_gpus(model, args)
         self.distillation_weight = float(distillation_weight)
         self.temperature = float(temperature)
         self.kv_learning_rate_scale = float(kv_learning_rate_scale)
@@ -70,12 +80,16 @@ class AsymGQATrainer(SFTTrainer):
         self._running_sums = {"train": empty, "eval": empty.clone()}
         # On a quantised base SFTTrainer rounds trainable parameters to bf16 by giving them new storage. These
         # references keep the exact values alive; nothing is copied.
-        model = args[0] if args else kwargs.get("model")
         exact_values = {}
+        if isinstance(model, nn.Module) and is_offloaded(model):
+            raise ValueError(
+                "model has an offloaded base (device_map places weights on cpu or disk), which a backward pass cannot "
+                "load again: save the adapter, and train it on a base in 4 bits, on more GPUs, or under FSDP."
+            )
         if isinstance(model, PeftModel):
             for name, parameter in _shared_head_parameters(model):
                 exact_values[name] = parameter.data
-        super().__init__(*args, **kwargs)
+        super().__init__(model, args, *more, **kwargs)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 f"{type(self.model).__name__} has no parameter to train: load the adapter with is_trainable=True."
@@ -89,6 +103,29 @@ class AsymGQATrainer(SFTTrainer):
                     parameter.data = values.to(parameter.device, torch.float32)
         if self.distillation_weight > 0:
             self._check_distillable()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's, without its compilation of the whole model where `train` compiles the layers."""
+        super().create_accelerator_and_postprocess()
+        if self._compiles_layers:
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
+
+    @property
+    def _compiles_layers(self) -> bool:
+        return self.args.torch_compile and self.distillation_weight > 0
+
+    def train(self, *args, **kwargs):
+        """SFTTrainer's, with compiled layers under `torch_compile`."""
+        if not self._compiles_layers:
+            return super().train(*args, **kwargs)
+        layers = self.accelerator.unwrap_model(self.model).base_model.decoder_layers
+        with layers_compiled(layers, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """SFTTrainer's. Never compiled: slots and lengths differ from those of training, batch by batch."""
+        with torch.compiler.set_stance("force_eager"):
+            return super().evaluate(*args, **kwargs)
 
     def _check_distillable(self) -> None:
         if not any(isinstance(module, SharedLayer) for module in self.model.modules()):
@@ -243,6 +280,18 @@ def split_shared_groups(optimizer: torch.optim.Optimizer, model: nn.Module, scal
 
 
 @contextmanager
+def layers_compiled(layers: Iterable[nn.Module], **options) -> Iterator[None]:
+    """Layers that `torch.compile` has compiled inside, and that run as they were on exit."""
+    try:
+        for layer in layers:
+            layer.compile(**options)
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+@contextmanager
 def base_model_mode(model: PeftModel) -> Iterator[None]:
     """The untouched base model for inference: adapter off, no gradient, no dropout; all restored on exit.
 
@@ -361,6 +410,18 @@ def _shared_head_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Paramete
     for name, parameter in model.named_parameters():
         if not set(name.split(".")).isdisjoint(SHARED_CONTAINERS):
             yield name, parameter
+
+
+def _check_gpus(model: str | nn.Module, args: TrainingArguments) -> None:
+    """Raise ValueError where the Trainer would use nn.DataParallel; TRL does so too, but wraps the model before."""
+    # A model that device_map has put elsewhere is trained where it is; one that is loaded by name may be one of these.
+    places = set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
+    is_placed = len(places) > 1 or any(args.device != torch.device(place) for place in places)
+    if args.n_gpu > 1 and not isinstance(model, str) and not is_placed:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which nn.DataParallel would share: start with `accelerate "
+            "launch` or `torchrun`, or make one visible (CUDA_VISIBLE_DEVICES=0)."
+        )
 
 
 def _check_range(name: str, value: float, low: float, high: float, remedy: str) -> None:

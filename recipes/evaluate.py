@@ -33,7 +33,7 @@ from asymgqa_peft.evaluate import (
 )
 from asymgqa_peft.files import save_json
 from recipes.folders import check_writable
-from recipes.inputs import checked_model, is_adapter, load_tokenizer
+from recipes.inputs import checked_models, is_adapter, load_tokenizer
 from recipes.reporting import print_report, provenance
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output:
         check_writable(args.output.parent)
     tasks = find_tasks(args) if args.tasks else None
-    check_models(args)
+    checked_models(args.models, same_vocabulary=bool(args.text))
     tokenizer = load_tokenizer(args.models[0])
     batches = []
     if args.text:
@@ -65,17 +65,6 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output:
         save_json(args.output, {**provenance(args.device), "settings": settings, "rows": rows})
     print_report(rows, args.device, settings=settings)
-
-
-def check_models(args: argparse.Namespace) -> None:
-    """Exit, before the first is measured, if a model is none or cannot be compared with the first."""
-    first, *others = [(name, checked_model(name)) for name in args.models]
-    for name, config in others:
-        if args.text and config.vocab_size != first[1].vocab_size:
-            raise SystemExit(
-                f"{name} has a vocabulary of {config.vocab_size}, {first[0]} one of {first[1].vocab_size}: on other "
-                "tokens neither perplexity nor KL can be compared. Measure them by themselves."
-            )
 
 
 def measure(

@@ -30,6 +30,19 @@ def checked_model(name: str) -> PretrainedConfig:
     return config
 
 
+def checked_models(names: list[str], same_vocabulary: bool) -> dict[str, PretrainedConfig]:
+    """The models' configurations by name; exits if one is none or, if asked, has other tokens than the first."""
+    configs = {name: checked_model(name) for name in names}
+    first = configs[names[0]]
+    for name, config in configs.items():
+        if same_vocabulary and config.vocab_size != first.vocab_size:
+            raise SystemExit(
+                f"{name} has a vocabulary of {config.vocab_size}, {names[0]} one of {first.vocab_size}: on other "
+                "tokens they cannot be compared. Measure them by themselves."
+            )
+    return configs
+
+
 def checked_base(source: str, revision: str | None, adapter: str) -> PretrainedConfig:
     """The configuration of an adapter's base, of which no weights are read; exits if the adapter is of another."""
     with in_one_line(model_called(source)):
@@ -45,10 +58,13 @@ def checked_base(source: str, revision: str | None, adapter: str) -> PretrainedC
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or adapter; exits if there is none."""
+    """The tokenizer of a model or adapter, of an adapter saved without one its base's; exits if there is none."""
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
+        with in_one_line(model_called(name)):
+            if is_adapter(name):
+                return load_tokenizer(PeftConfig.from_pretrained(name).base_model_name_or_path)
         raise SystemExit(
             f"{model_called(name)} has no tokenizer that can be loaded: put its base's tokenizer files there. "
             f"({message_of(error)})"

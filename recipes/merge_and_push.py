@@ -4,7 +4,8 @@
     python recipes/merge_and_push.py me/adapter --output out/plain --push me/model-gqa
     python recipes/merge_and_push.py out/adapter --output out/published --adapter-only --push me/model-gqa-adapter
 
-An adapter or base is a folder or a repository on the Hub. The base is loaded unquantised in --dtype, on the CPU. The
+An adapter or base is a folder or a repository on the Hub. The base is read unquantised in --dtype from its files and
+merged on the CPU as the output is written: no more than a layer and a file of --max-shard-size is in memory. The
 output is written beside and renamed at the end; a repository is private unless --public, and changes in one commit.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -93,19 +94,24 @@ def publish(args: Options) -> None:
 
 
 def write_merged(folder: Path, config: AsymGQAConfig, args: Options, name: str, **card) -> None:
-    """Load base and adapter, merge, save, tell what that saves."""
+    """Merge base and adapter while the plain model is written, tell what that saves."""
     source = base_source(config, args)
     checked_base(source, base_revision(config, args), args.adapter)
-    base = AutoModelForCausalLM.from_pretrained(source, revision=base_revision(config, args), dtype=args.dtype)
-    model = PeftModel.from_pretrained(base, args.adapter)
+    # Weights stay in their files until they are used; others than safetensors are written anew beside the output.
+    on_disk = {"device_map": {"": "disk"}, "offload_folder": folder.with_name("offload")}
+    base = AutoModelForCausalLM.from_pretrained(
+        source, revision=base_revision(config, args), dtype=args.dtype, **on_disk
+    )
+    # Not PeftModel.from_pretrained, which would write an offloaded base anew.
+    model = get_peft_model(base, config)
+    set_peft_model_state_dict(model, load_peft_weights(args.adapter))
     layout = {"duplicate_kv_heads": args.duplicate_kv_heads, "cached_tokens": args.cached_tokens}
-    with in_one_line(f"merging {args.adapter}"):
-        plain = model.merge_and_unload(progressbar=True, **layout)
-    report = export_report(plain)
+    report = export_report(model, **layout)
     print(report, flush=True)
     tokenizer = find_tokenizer(args.adapter, source)
-    conversion = Conversion.of(plain, args.base_model)
-    save_merged(plain, tokenizer, folder, conversion, name=name, max_shard_size=args.max_shard_size, **card)
+    conversion = Conversion.of(model, args.base_model)
+    shards = {"max_shard_size": args.max_shard_size}
+    save_merged(model, tokenizer, folder, conversion, name=name, **shards, **layout, **card)
     report.save(folder / "export_report.json")
     copy_sentencepiece(source, base_revision(config, args), folder)
 

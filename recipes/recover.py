@@ -27,14 +27,13 @@ from transformers.integrations import is_fsdp_enabled, unset_hf_deepspeed_config
 from trl import SFTConfig, TrlParser
 
 from asymgqa_peft import AsymGQAConfig, AsymGQATrainer, InitializationReport, initialize_asymgqa_weights
+from asymgqa_peft.attention import register_grouped_sdpa
 from asymgqa_peft.estimates import (
     SINGLE,
     Sizes,
     evaluation_need,
     free_memory,
     initialization_need,
-    lack_of_memory,
-    merge_bytes,
     recovery_need,
 )
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token, perplexity
@@ -71,6 +70,10 @@ class ConversionArguments:
     lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
     calibration_tokens: int = field(default=131_072, metadata={"help": "Tokens read by the initialisation."})
     calibration_batch_size: int = field(default=4, metadata={"help": "Sequences per calibration batch."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention of the training, default sdpa that knows packed rows; plain/ is free."},
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA-style: base in 4 bits (bitsandbytes)."})
     distillation_weight: float = field(default=1.0, metadata={"help": "1: learn from the base only; 0: plain SFT."})
     temperature: float = field(default=1.0, metadata={"help": "Distillation temperature."})
@@ -225,7 +228,7 @@ def check_memory(args: ConversionArguments, training: SFTConfig, initialises: bo
     """Raise ValueError if what is to come certainly does not fit, and warn where it may not; no weights are read.
 
     Of a base in main memory only what comes beyond its weights counts: these are pages of their files. What FSDP or
-    DeepSpeed shard is not estimated.
+    DeepSpeed shard is not estimated; the merge is written layer by layer.
     """
     model, device = empty_model(args, training), training.device
     trained, _ = model.get_nb_trainable_parameters()
@@ -260,11 +263,6 @@ def check_memory(args: ConversionArguments, training: SFTConfig, initialises: bo
         if on_gpu and not args.load_in_4bit:
             remedies += ", or set --load_in_4bit true"
         if reason := replace(need, device=need.device + before).lack(what, device, remedies):
-            raise ValueError(reason)
-    if args.save_plain or args.hub_merged_id:
-        shape = model.config.num_attention_heads, args.num_key_value_heads, args.head_dim or sizes.head_dim
-        remedies = "set --save_plain false, and merge with recipes/merge_and_push.py where there is more"
-        if reason := lack_of_memory("The merge", adapter + merge_bytes(sizes, *shape), "cpu", remedies):
             raise ValueError(reason)
 
 
@@ -392,7 +390,7 @@ def load_base(args: ConversionArguments, training: SFTConfig) -> torch.nn.Module
         )
     if not args.load_in_4bit:
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype="auto")
-        return model.to(training.device)
+        return with_attention(model.to(training.device), args.attn_implementation)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
@@ -400,7 +398,18 @@ def load_base(args: ConversionArguments, training: SFTConfig) -> torch.nn.Module
         args.model_name_or_path, quantization_config=quantization, device_map={"": training.device}
     )
     # Norms in float32, gradients to the inputs: what PEFT advises for a quantised base.
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
+    return with_attention(model, args.attn_implementation)
+
+
+def with_attention(model: torch.nn.Module, implementation: str | None) -> torch.nn.Module:
+    """The model with that attention; None replaces sdpa by one that has no mask for packed documents to read."""
+    if implementation is None and model.config._attn_implementation == "sdpa":
+        register_grouped_sdpa()
+        implementation = "grouped_sdpa"
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
+    return model
 
 
 def adapter_config(args: ConversionArguments, training: SFTConfig) -> AsymGQAConfig:

@@ -2,7 +2,8 @@
 
     python recipes/serve_plain.py out/quickstart/plain --blocks out/quickstart/held_out.safetensors
 
-Prints one JSON line: class, KV heads that the cache holds, parameters, perplexity, greedy decode speed.
+Takes several checkpoints too. Prints one JSON line for each: class, KV heads that the cache holds, parameters,
+perplexity, greedy decode speed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 
 @torch.no_grad()
@@ -48,18 +49,30 @@ def decode(model, prompts: torch.Tensor, new_tokens: int, repeats: int = 3) -> t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a plain checkpoint")
+    parser.add_argument("models", nargs="+", metavar="model", help="folder of a plain checkpoint")
     parser.add_argument("--blocks", required=True, help="safetensors file with 'blocks' (N, T): held-out token ids")
     parser.add_argument("--batch-size", type=int, default=32, help="sequences decoded together")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded for the speed")
     args = parser.parse_args()
 
+    # All of them first: a wrong folder is told before anything is measured.
+    models = [load(folder) for folder in args.models]
+    blocks = load_file(args.blocks)["blocks"]
+    for model in models:
+        print(json.dumps(measure(model, blocks, args)), flush=True)
+
+
+def load(folder: str) -> PreTrainedModel:
+    """The checkpoint in float32, or one line that says why not."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split())
-        raise SystemExit(f"{args.model}: {message} A run's plain checkpoint lies in its plain/.") from error
-    blocks = load_file(args.blocks)["blocks"]
+        raise SystemExit(f"{folder}: {message} A run's plain checkpoint lies in its plain/.") from error
+
+
+def measure(model: PreTrainedModel, blocks: torch.Tensor, args: argparse.Namespace) -> dict:
+    """The JSON line of one model."""
     prompts = blocks[: args.batch_size, : blocks.shape[1] - args.new_tokens]
     speed, cache = decode(model, prompts, args.new_tokens)
     # The point of this script.
@@ -68,7 +81,7 @@ def main() -> None:
     for layer in cache.layers:
         kv_heads, head_dim = layer.keys.shape[1], layer.keys.shape[3]
         bytes_per_token += 2 * kv_heads * head_dim * layer.keys.itemsize
-    result = {
+    return {
         "class": type(model).__name__,
         "cache_kv_heads": cache.layers[0].keys.shape[1],
         "cache_bytes_per_token": bytes_per_token,
@@ -76,7 +89,6 @@ def main() -> None:
         "perplexity": perplexity(model, blocks),
         "decode_tokens_per_s": speed,
     }
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

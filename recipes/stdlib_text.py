@@ -99,10 +99,12 @@ def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> torch
     """All texts as one row of token ids, each text followed by the end-of-text token: shape (tokens,)."""
     import torch
 
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    once = list(dict.fromkeys(texts))  # a corpus may hold a text many times
+    encoded = tokenizer(once, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids_of = dict(zip(once, encoded, strict=True))
     tokens: list[int] = []
-    for ids in encoded:
-        tokens += [*ids, tokenizer.eos_token_id]
+    for text in texts:
+        tokens += [*ids_of[text], tokenizer.eos_token_id]
     return torch.tensor(tokens, dtype=torch.long)
 
 

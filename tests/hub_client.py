@@ -23,6 +23,7 @@ IDS = torch.arange(2, 26).view(2, 12)
 def push(folder: Path) -> None:
     """Every way to fail, then an adapter and a merged model."""
     from huggingface_hub import HfApi
+    from peft import LoraConfig, get_peft_model
 
     from asymgqa_peft.hub import push_adapter_to_hub, push_merged_to_hub
 
@@ -52,7 +53,8 @@ def push(folder: Path) -> None:
 
     with torch.no_grad():
         save_logits(folder, model)
-    errors.record("not merged", push_merged_to_hub, model, tokenizer, "me/merged")
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained("them/base"), LoraConfig(target_modules=["q_proj"]))
+    errors.record("not merged", push_merged_to_hub, lora, tokenizer, "me/merged")
     plain = model.merge_and_unload()
     errors.record("no adapter", push_adapter, "me/plain", pushed=plain)
     push_merged_to_hub(plain, tokenizer, "me/merged", private=False, **card)

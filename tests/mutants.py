@@ -58,7 +58,10 @@ INITIALIZE = "test_initialize.py -k 'not interrupted'"
 SOME = "-k 'test_layers or (dense or bitwise or own_heads) and (qwen2-wide-gqa or olmo2-gqa or qwen3-wide or phi3)'"
 WHOLE = "test_families.py test_peft_contract.py test_wide.py"
 # The other tests of exports wait for a process that loads them all.
-WRITTEN = "-k 'folded or twice or tasks or devices or invalid or long_input or left_in or fp32 or empty_slots'"
+WRITTEN = (
+    "-k 'folded or twice or tasks or device or invalid or long_input or left_in or fp32 or empty_slots "
+    "or without_a_place or merged_base or epsilon'"
+)
 TESTS = {
     "groups": Tests("test_groups.py", "test_layers.py test_config.py test_groups_travel.py"),
     "method/search": Tests("test_search.py", f"test_planted.py {INITIALIZE}"),
@@ -68,7 +71,8 @@ TESTS = {
     "adapter/layer": Tests(f"test_layers.py test_families.py {SOME}", f"test_quantised.py {WHOLE}"),
     "adapter/slots": Tests(f"test_layers.py test_families.py {SOME}", f"test_groups_travel.py {WHOLE}"),
     "adapter/export": Tests(
-        f"test_norms.py test_export.py {WRITTEN}", "test_export.py test_wide.py test_peft_contract.py"
+        f"test_norms.py test_peft_contract.py test_export.py {WRITTEN}",
+        "test_peft_contract.py test_wide.py test_export.py",
     ),
 }
 
@@ -293,7 +297,7 @@ class Run:
         os.environ["PYTHONPATH"] = str(folder)
         sys.path[0] = str(folder)
         signal.alarm(SECONDS)
-        tests = [f"tests/{word}" if word.startswith("test_") else word for word in shlex.split(self.tests)]
+        tests = [f"tests/{word}" if word.endswith(".py") else word for word in shlex.split(self.tests)]
         options = ["-x", "-q", "-p", "no:cacheprovider", "--durations=10", f"--basetemp={folder / 'scratch'}"]
         return int(pytest.main([*options, *tests], plugins=[Watch(folder)]))
 

@@ -1,4 +1,4 @@
-"""grouped_sdpa: a decoding step over folded query heads says what eager attention says, and hands the rest to sdpa."""
+"""grouped_sdpa says what eager attention says, in a decoding step and of packed rows, and hands the rest to sdpa."""
 
 from __future__ import annotations
 
@@ -84,3 +84,56 @@ def test_scaling_and_dropout_reach_the_kernel():
     assert not torch.allclose(plain, scaled)
     torch.testing.assert_close(scaled, sdpa_attention_forward(*step(), None, scaling=2.0)[0])
     assert plain.any() and not attention.grouped_sdpa(*step(), None, dropout=1.0)[0].any()
+
+
+STARTS = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
+
+
+def attention_by_document(query, key, value, starts, _, longest, __, scale, window_size):
+    """What PyTorch's kernel for sequences of different lengths computes, (T, H, D), one of them at a time."""
+    assert longest == starts.diff().max()
+    parts = []
+    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        scores = torch.einsum("thd,shd->hts", query[start:stop], key[start:stop]) * scale
+        seen = torch.ones_like(scores[0], dtype=torch.bool).tril()
+        if window_size[0] >= 0:
+            seen &= seen.triu(-window_size[0])
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        parts.append(torch.einsum("hts,shd->thd", weights, value[start:stop]))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "mistral", "phi3"])
+def test_packed_documents_see_themselves_only(name: str):
+    config = config_of(CASES[name])
+    if name == "mistral":
+        config.sliding_window = 3
+    model = wrap(random_model(config, attention="sdpa"), CASES[name].groups).train()
+    ids = torch.randint(3, 60, (1, 13), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(count) for count in STARTS.diff()])[None]
+    packed = {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS, "max_length_q": 7, "max_length_k": 7}
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    expected, together = model(**inputs).logits, model(input_ids=ids, use_cache=False).logits
+    assert (expected - together).abs().max() > 1e-3
+    model.get_base_model().set_attn_implementation("grouped_sdpa")
+    # On a CPU there is no such kernel: sdpa and its mask.
+    assert torch.equal(model(**inputs, **packed).logits, expected)
+    with (
+        mock.patch.object(attention, "is_packable", return_value=True),
+        mock.patch.object(attention, "varlen_attn", side_effect=attention_by_document) as kernel,
+    ):
+        found = model(**inputs, **packed).logits
+        assert torch.equal(model(**inputs).logits, expected)
+    assert kernel.call_count == model.config.num_hidden_layers
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_kernel_of_packed_rows_cannot_take():
+    heads = torch.zeros(1, 4, 9, 8, dtype=torch.bfloat16)
+    # All that this machine lacks is the GPU.
+    on_gpu = mock.Mock(wraps=heads, is_cuda=True, dtype=torch.bfloat16, shape=heads.shape, __len__=lambda _: 1)
+    assert attention.is_packable(on_gpu, heads, 0.0)
+    assert not attention.is_packable(heads, heads, 0.0)
+    assert not attention.is_packable(on_gpu, heads[:, :2], 0.0)
+    assert not attention.is_packable(on_gpu, heads, 0.1)

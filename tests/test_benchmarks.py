@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
@@ -16,8 +18,18 @@ from asymgqa_peft.attention import register_grouped_sdpa
 from asymgqa_peft.heads import HeadShape, SharedShape
 from asymgqa_peft.method.costs import group_costs
 from asymgqa_peft.method.statistics import LayerStatistics
-from asymgqa_peft.method.threads import map_in_threads
-from recipes.benchmarks import conversion, decode, growth, memory, overhead, quality_per_byte, shapes, wide_heads
+from asymgqa_peft.method.threads import map_in_threads, use_threads
+from recipes.benchmarks import (
+    conversion,
+    decode,
+    growth,
+    memory,
+    offloaded,
+    overhead,
+    quality_per_byte,
+    shapes,
+    wide_heads,
+)
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = "--shape tiny --groups 2 --device cpu"
@@ -47,6 +59,26 @@ def test_conversion_says_where_every_second_goes(run):
     assert sum(row["measured, s"] for row in rows.values()) == pytest.approx(total["measured, s"])
     assert result["kl_initialised"] < result["kl_classic"]
     assert result["cost_over_neighbour"] < 1
+
+
+def test_an_offloaded_base_is_initialised_as_the_whole_one(run, monkeypatch):
+    result = run(offloaded, f"{TINY} --blocks 16 --length 64 --rank 4")
+    whole, again = result["arms"]
+    assert (whole["arm"], again["arm"]) == ("whole", "offloaded") and whole["groups"] == again["groups"]
+    assert again["adapters differ by"] == 0
+    assert again["x whole"] == pytest.approx(again["seconds"] / whole["seconds"])
+    (row,) = run(offloaded, f"{TINY} --blocks 16 --length 64 --rank 4 --layers 1 --only offloaded")["arms"]
+    assert row["layers"] == 1 and row["all layers, s"] == pytest.approx(2 * row["seconds"])
+    # An adapter of other weights is noticed.
+    monkeypatch.setattr(offloaded, "cpu_offload", lambda base, **_: base.float().apply(perturb))
+    with pytest.raises(SystemExit, match="the initialisations differ"):
+        offloaded.main(f"{TINY} --blocks 16 --length 64 --rank 4".split())
+
+
+def perturb(module: nn.Module) -> None:
+    """Make a module another one."""
+    for parameter in module.parameters(recurse=False):
+        parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
 
 
 def test_decode_measures_every_arm(run):
@@ -198,6 +230,26 @@ def test_threads_keep_order_and_give_the_count_back(two_threads):
     with pytest.raises(ZeroDivisionError):
         map_in_threads(lambda item: 1 / item, [1, 0])
     assert torch.get_num_threads() == 2
+
+
+def test_several_callers_do_not_take_threads_from_each_other():
+    """As in an initialisation on a GPU, where two searches run beside a thread that takes statistics."""
+    torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+
+        def call(_) -> tuple[int, int]:
+            workers = map_in_threads(lambda _: (threading.get_ident(), torch.get_num_threads(), sleep(0.02)), range(6))
+            assert {threads for _, threads, _ in workers} == {1}
+            return len({identity for identity, _, _ in workers}), torch.get_num_threads()
+
+        with ThreadPoolExecutor(2, initializer=use_threads, initargs=(3,)) as callers:
+            found = [callers.submit(call, index) for index in range(6)]
+            own = [call(index) for index in range(3)]
+            assert [future.result() for future in found] + own == [(3, 3)] * 9
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_costs_do_not_depend_on_threads(two_threads):

@@ -31,9 +31,9 @@ from asymgqa_peft.estimates import (
     recovery_need,
 )
 from asymgqa_peft.evaluate import perplexity
-from recipes import merge_and_push, recover
+from recipes import recover
 from recipes.benchmarks import shapes
-from recipes.benchmarks.trainer import placeholder_tokenizer
+from recipes.benchmarks.recovery_speed import placeholder_tokenizer
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 512}
 DTYPES = {"float32": (torch.float32, nullcontext()), "bfloat16": (torch.bfloat16, torch.autocast("cpu"))}
@@ -276,27 +276,13 @@ def test_a_merge_is_refused_where_it_cannot_fit_and_nowhere_else(free):
     [
         ("initialisation", "The initialisation needs .*lower --calibration_tokens"),
         ("recovery", "The recovery needs .*set --gradient_checkpointing true.*--per_device_train_batch_size"),
-        ("merge", "The merge needs .*--save_plain false"),
     ],
 )
 def test_a_recovery_that_cannot_fit_is_told_before_anything_is_loaded(share, message, tmp_path, free, monkeypatch):
     monkeypatch.setattr(recover, "load_base", lambda *args: pytest.fail("the base was loaded"))
     save_base(tmp_path / "base")
     large = {"initialisation": {"calibration_tokens": 10**9}, "recovery": {"per_device_train_batch_size": 10**6}}
-    options = small(tmp_path / "base", save_text(tmp_path / "text.txt"), tmp_path / "out", **large.get(share, {}))
-    free(1e3 if share == "merge" else 1e9)
-    if share == "merge":
-        # The smallest of the three: the others find enough.
-        monkeypatch.setattr(Need, "lack", lambda *args: None)
+    options = small(tmp_path / "base", save_text(tmp_path / "text.txt"), tmp_path / "out", **large[share])
+    free(1e9)
     with pytest.raises(SystemExit, match=message):
         recover.main(options)
-
-
-def test_merging_on_the_command_line_says_it_in_one_line(tmp_path, free):
-    save_base(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    wrap(base).save_pretrained(tmp_path / "adapter")
-    free(1e3)
-    with pytest.raises(SystemExit, match="merging .*adapter: The merge needs about") as refusal:
-        merge_and_push.main([str(tmp_path / "adapter"), "--output", str(tmp_path / "plain")])
-    assert "\n" not in str(refusal.value) and not (tmp_path / "plain").exists()

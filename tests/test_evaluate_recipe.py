@@ -96,6 +96,54 @@ def test_mmlu_files_give_adapter_and_merged_model_the_same_answers(folders, caps
     assert base != plain
 
 
+@pytest.fixture
+def arc_folder(tmp_path) -> Path:
+    """ARC's files as they are: with three choices, without any, and with an answer that has no column."""
+    rows = {
+        "easy_validation": ["Q1,a,b,c,d,B", '"Q2, twice?",yes,no,,,B', "Q3,,,,,2", "Q4,a,b,c,d,E"],
+        "easy_train": ["Q5,,b,,d,D"],
+        "challenge_validation": ["Q6,a,b,c,d,A"],
+    }
+    for name, lines in rows.items():
+        (tmp_path / f"arc_{name}.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_arc_questions_keep_the_choices_that_there_are(arc_folder):
+    module = load_task_module()
+    rows = module.load_arc("easy", str(arc_folder), version=1.0)["test"].to_list()
+    assert rows == [
+        {"question": "Q1", "choices": ["a", "b", "c", "d"], "answer": 1},
+        {"question": "Q2, twice?", "choices": ["yes", "no"], "answer": 1},
+    ]
+    both = module.load_arc("easy", str(arc_folder), splits="train,validation")["test"].to_list()
+    assert both == [{"question": "Q5", "choices": ["b", "d"], "answer": 1}, *rows]
+    with pytest.raises(ValueError, match="splits='test'.*train, validation"):
+        module.load_arc("easy", str(arc_folder), splits="test")
+
+
+@needs_lm_eval
+def test_arc_is_the_likelier_choice_as_we_compute_it(folders, capsys, arc_folder):
+    """The likelihoods are taken from the model directly here."""
+    options = ["--tasks", "arc_easy_csv,arc_challenge_csv", "--task-folder", TASKS]
+    rows = run(folders, capsys, *options, "--task-metadata", f"arc_folder={arc_folder}", "splits=validation")
+    tokenizer, model = AutoTokenizer.from_pretrained(TINY), AutoModelForCausalLM.from_pretrained(TINY)
+    model.float()
+    for subset in ("easy", "challenge"):
+        right = []
+        for row in load_task_module().load_arc(subset, str(arc_folder))["test"]:
+            context = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
+            likelihoods = []
+            for choice in row["choices"]:
+                ids = torch.tensor([tokenizer(f"Question: {row['question']}\nAnswer: {choice}").input_ids])
+                with torch.no_grad():
+                    found = model(ids).logits[0, :-1].double().log_softmax(-1).gather(-1, ids[0, 1:, None])
+                likelihoods.append(found[len(context) - 1 :].sum().item())
+            right.append(likelihoods.index(max(likelihoods)) == row["answer"])
+        assert rows[0][f"arc_{subset}_csv acc"] == sum(right) / len(right)
+    assert rows[1]["arc_easy_csv acc"] == rows[2]["arc_easy_csv acc"]
+
+
 def test_missing_lm_eval_is_told_before_anything_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(SystemExit, match="pip install .lm-eval"):

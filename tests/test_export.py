@@ -464,6 +464,22 @@ def test_a_model_on_several_devices_stays_there_under_its_new_names(monkeypatch)
         plain.get_submodule(name)
 
 
+def test_a_map_to_one_device_does_not_move_a_model_that_has_moved_since(monkeypatch):
+    base = copy.deepcopy(stock("llama"))
+    base.hf_device_map = {"": 0}
+    monkeypatch.setattr(export, "dispatch_model", lambda plain, device_map: plain.to("meta"))
+    plain, _ = _merge(wrap(base, MHA_GROUPS))
+    assert plain.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_buffers_without_a_place_in_the_files_are_where_the_model_is(name: str):
+    plain, _ = _merge(adapted(name).to("meta"))
+    unsaved = {key for key, _ in plain.named_buffers()} - set(plain.state_dict())
+    assert {key.rpartition(".")[2] for key in unsaved} == {"inv_freq", "original_inv_freq"}
+    assert all(buffer.is_meta for buffer in plain.buffers())
+
+
 def test_positions_that_padding_counts_for_are_warned_about():
     """GPTBigCode's forward counts positions from the first column, OPT's from the first real token."""
     inputs, model = left_padded(), adapted("opt-single")
@@ -496,7 +512,7 @@ def test_where_no_class_holds_the_groups_nothing_changes(name: str):
     case = CASES[name]
     base = random_model(config_of(replace(case, overrides=case.overrides | overrides)))
     untouched = copy.deepcopy(base)
-    model = wrap(base, case.groups)
+    model = wrap(base, case.groups, initialized=True)  # as from a file, a new one is refused
     before = model(prompt()).logits
     with pytest.raises(ValueError, match=f"(?s){message}.*grouping='symmetric'"):
         model.merge_and_unload()
@@ -608,6 +624,17 @@ def test_a_norm_over_all_stored_heads_forbids_duplicates():
     model = wrap(copy.deepcopy(stock("olmo2")), LOPSIDED)
     plain = model.merge_and_unload(duplicate_kv_heads=True, cached_tokens=0)
     assert plain.config.num_key_value_heads == 3 and export_report(plain).other is None
+
+
+@torch.no_grad()
+def test_epsilon_has_the_same_share_in_a_norm_over_empty_slots():
+    """Of queries that are no larger than the root of it."""
+    base = random_model(config_of(replace(CASES["olmo2"], overrides=CASES["olmo2"].overrides | {"rms_norm_eps": 0.5})))
+    model = wrap(base, LOPSIDED)
+    expected = model(prompt()).logits
+    plain = model.merge_and_unload()
+    assert plain.config.num_attention_heads > HEADS
+    assert (plain(prompt()).logits - expected).abs().max() < TOLERANCE * expected.abs().max()
 
 
 def test_duplicates_fit_where_padding_does_not():
@@ -772,8 +799,8 @@ PROJECT = str(Path(asymgqa_peft.__file__).parent)
 PEFT = str(Path(peft.__file__).parent)
 
 
-def merge_stopped_at(model, line: int | None) -> int:
-    """Merge, with an interrupt at the n-th line of this project's or PEFT's code; how many lines ran."""
+def stopped_at(line: int | None, call) -> int:
+    """Call, with an interrupt at the n-th line of this project's or PEFT's code; how many lines ran."""
     lines = 0
 
     def count(frame, event, _):
@@ -786,7 +813,7 @@ def merge_stopped_at(model, line: int | None) -> int:
 
     sys.settrace(lambda frame, *_: count if frame.f_code.co_filename.startswith((PROJECT, PEFT)) else None)
     try:
-        model.merge_and_unload()
+        call()
     finally:
         sys.settrace(None)
     return lines
@@ -797,11 +824,11 @@ def merge_stopped_at(model, line: int | None) -> int:
 def test_stopped_anywhere_a_merge_has_not_begun_or_is_done(name):
     model, outcomes = adapted(name), []
     reference, state = logits(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    lines = merge_stopped_at(copy.deepcopy(model), None)
+    lines = stopped_at(None, copy.deepcopy(model).merge_and_unload)
     points = random.Random(0).sample(range(1, lines), 12)
     for line in [*points, *range(lines - 5, lines + 1)]:
         with suppress(KeyboardInterrupt):
-            merge_stopped_at(model, line)
+            stopped_at(line, model.merge_and_unload)
         found = logits(model)
         outcomes.append("lora_" in "".join(model.state_dict()))
         if outcomes[-1]:
@@ -809,5 +836,25 @@ def test_stopped_anywhere_a_merge_has_not_begun_or_is_done(name):
             assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
         else:
             torch.testing.assert_close(found, reference, atol=1e-4, rtol=0, msg=f"line {line}")
+            model = adapted(name)
+    assert outcomes.count(True) > 10 and not all(outcomes)
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2", "phi3-wide"])
+def test_stopped_anywhere_the_adapter_is_still_there_or_gone(name):
+    base, outcomes = logits(stock(name)), []
+    model = adapted(name)
+    reference, state = logits(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    lines = stopped_at(None, copy.deepcopy(model).unload)
+    for line in [*random.Random(0).sample(range(1, lines), 20), *range(lines - 5, lines + 2)]:
+        with suppress(KeyboardInterrupt):
+            stopped_at(line, model.unload)
+        outcomes.append(hasattr(model.base_model.model, "peft_config"))
+        found = logits(model.base_model.model)
+        if outcomes[-1]:
+            assert torch.equal(found, reference), f"line {line}"
+            assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+        else:
+            assert torch.equal(found, base), f"line {line}"
             model = adapted(name)
     assert outcomes.count(True) > 10 and not all(outcomes)

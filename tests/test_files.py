@@ -4,6 +4,7 @@ import json
 import multiprocessing as mp
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,26 @@ def test_an_interrupt_keeps_the_old_folder_and_what_the_user_has_beside_it(tmp_p
         (beside / "new").touch()
     assert sorted(tmp_path.iterdir()) == own
     assert [[file.name for file in folder.iterdir()] for folder in own] == [["new"], ["old"], ["old"]]
+
+
+def killed_while_it_writes(path):
+    with folder_beside(path) as beside:
+        (beside / "half").touch()
+        os._exit(9)
+
+
+def test_what_a_killed_process_left_is_told_and_stays(tmp_path):
+    path = tmp_path / "plain"
+    process = mp.get_context("spawn").Process(target=killed_while_it_writes, args=(path,))
+    process.start()
+    process.join()
+    (left,) = tmp_path.iterdir()
+    with pytest.warns(UserWarning, match=f"{left.name}: left by a process that was killed while it wrote"):
+        save_json(path, {})
+    assert (left / "plain" / "half").exists() and path.read_text() == "{}\n"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_json(tmp_path / "other", {})
 
 
 def test_at_no_moment_are_both_folders_gone(tmp_path, monkeypatch):

@@ -9,14 +9,18 @@ from functools import cache
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from models import CASES, adapter_config, config_of, left_padded, prompt, random_model, wrap
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from reference import dense_reference, greedy_alone, relative_error, rows_alone
 from test_statistics import SHAPES, assert_same, random_activations, random_output
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
 from asymgqa_peft import initialize_asymgqa_weights
+from asymgqa_peft.adapter.offload import is_offloaded
+from asymgqa_peft.attention import grouped_sdpa
+from asymgqa_peft.initialize import streams
 from asymgqa_peft.method.statistics import LayerStatistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -172,6 +176,28 @@ def test_a_bf16_training_step_with_checkpointing_moves_everything(attention: str
     assert [name for name, p in trained.items() if torch.equal(p, before[name])] == []
 
 
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_packed_rows_equal_float64_by_document(head_dim: int, window: int | None):
+    starts = torch.tensor([0, 300, 301, 777, 1000], dtype=torch.int32, device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    heads = torch.randn(3, 1, 4, 1000, head_dim, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    heads.requires_grad_()
+    packed = {"cu_seq_lens_q": starts, "max_length_q": 476, "sliding_window": window}
+    found, _ = grouped_sdpa(None, *heads, None, scaling=0.1, **packed)
+    # What each position may see: earlier ones of its document, within the window.
+    place = torch.arange(1000, device=DEVICE)
+    document, distance = torch.bucketize(place, starts[1:], right=True), place[:, None] - place
+    seen = (document[:, None] == document) & (distance >= 0) & (distance < (window or 1000))
+    exact = heads.detach().double().requires_grad_()
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, seen, scale=0.1).transpose(1, 2)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+    for rows in (found, expected):
+        rows.square().sum().backward()
+    largest = exact.grad.abs().max().item()
+    torch.testing.assert_close(heads.grad.double(), exact.grad, rtol=0, atol=1e-2 * largest)
+
+
 @torch.no_grad()
 def test_the_cache_takes_the_memory_of_the_shared_heads():
     model = adapter_on(base_of("llama"), "llama", "sdpa")
@@ -218,3 +244,50 @@ def test_an_initialisation_finds_what_the_cpu_finds(name: str):
     assert reports[DEVICE].head_groups == reports["cpu"].head_groups
     torch.testing.assert_close(logits[DEVICE], logits["cpu"], rtol=1e-3, atol=1e-3 * before.abs().max().item())
     assert (before - logits[DEVICE]).abs().max() > 0.01 * before.abs().max()
+
+
+PLACES = {"model.embed_tokens": 0, "model.layers.0": 0, "model.rotary_emb": 0}
+PLACES |= {"model.layers.1": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+
+
+def half_in_main_memory():
+    """One layer on the GPU, one in main memory."""
+    return dispatch_model(copy.deepcopy(base_of("llama")), PLACES)
+
+
+def test_a_base_in_main_memory_is_initialised_and_merged_as_on_the_gpu(tmp_path):
+    batches, config = prompt(16, 24).split(4), adapter_config(num_key_value_heads=3)
+    models, reports = [], []
+    for base in (copy.deepcopy(base_of("llama")).to(DEVICE), half_in_main_memory()):
+        torch.manual_seed(0)
+        models.append(get_peft_model(base, copy.deepcopy(config)).eval())
+        reports.append(initialize_asymgqa_weights(models[-1], batches, progress=False))
+    whole, model = models
+    assert is_offloaded(model) and reports[0].head_groups == reports[1].head_groups
+    for (name, expected), found in zip(whole.state_dict().items(), model.state_dict().values(), strict=True):
+        if "lora_" in name:
+            assert found.is_cuda
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    inputs = on_device(left_padded(batch=4, length=40))
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        model.save_pretrained(tmp_path)
+        places = {f"base_model.model.{name}": place for name, place in PLACES.items()}
+        loaded = PeftModel.from_pretrained(half_in_main_memory(), tmp_path, device_map=places).eval()
+        torch.testing.assert_close(loaded(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+        plain = model.merge_and_unload()
+        assert is_offloaded(plain) and plain.model.layers[1].mlp.up_proj.weight.is_meta
+        torch.testing.assert_close(plain(**inputs).logits, wanted, rtol=1e-3, atol=1e-3)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(plain.generate(**inputs, **options), whole.generate(**inputs, **options))
+
+
+def test_streams_in_main_memory_change_nothing(monkeypatch):
+    reports = []
+    for place in (DEVICE, "cpu"):
+        monkeypatch.setattr(streams, "_storage_of_streams", lambda *_, place=place: torch.device(place))
+        torch.manual_seed(0)
+        model = get_peft_model(copy.deepcopy(base_of("llama")).to(DEVICE), adapter_config(num_key_value_heads=3))
+        reports.append(initialize_asymgqa_weights(model, prompt(16, 24).split(4), progress=False))
+    assert reports[0].head_groups == reports[1].head_groups
+    assert reports[0].costs == pytest.approx(reports[1].costs, rel=1e-4)

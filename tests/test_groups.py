@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asymgqa_peft.groups import HeadGroups, default_max_group_size, query_heads, slot_layout, split_evenly
+from asymgqa_peft.groups import (
+    HeadGroups,
+    default_max_group_size,
+    group_of_heads,
+    query_heads,
+    slot_layout,
+    split_evenly,
+)
 
 
 @st.composite
@@ -116,6 +123,13 @@ def test_default_cap_admits_a_partition_and_never_grows_the_model(queries_per_kv
     assert math.ceil(base / shared) <= cap <= math.ceil(1.5 * base / shared)
     parameters = 2 * shared * cap * queries_per_kv + 2 * shared
     assert parameters <= 2 * query + 2 * base or cap == math.ceil(base / shared)
+
+
+@given(partitions())
+def test_every_head_knows_its_group(partition):
+    groups = group_of_heads(sorted_groups(partition))
+    assert len(groups) == sum(map(len, partition))
+    assert all(head in partition[group] for head, group in enumerate(groups))
 
 
 def test_query_heads_follow_their_kv_head():

@@ -23,7 +23,7 @@ from asymgqa_peft.adapter.layer import (
     write_geometry,
 )
 from asymgqa_peft.adapter.site import attention_sites
-from asymgqa_peft.adapter.slots import HeadLayout, HeadMix, RotaryGain
+from asymgqa_peft.adapter.slots import HeadLayout, HeadMix, HeadScale, RotaryGain
 from asymgqa_peft.families import FAMILIES, head_shape
 from asymgqa_peft.groups import slot_layout
 from asymgqa_peft.heads import HeadShape, SharedShape
@@ -175,11 +175,34 @@ def test_a_gain_commutes_with_rope_and_a_mix_does_not():
 def test_a_mix_is_one_matrix_per_head(rows: int, columns: int):
     mix = HeadMix(3, rows, columns)
     nn.init.normal_(mix.weight)
-    x, y = torch.randn(2, 4, 3, columns), torch.randn(2, 4, 3, rows)
+    batch = 16  # larger than any dimension of a head
+    x, y = torch.randn(batch, 4, 3, columns), torch.randn(batch, 4, 3, rows)
     for head in range(3):
         matrix = torch.eye(rows, columns) + mix.weight[head]
         torch.testing.assert_close(mix(x)[:, :, head], x[:, :, head] @ matrix.T)
         torch.testing.assert_close(mix.transposed(y)[:, :, head], y[:, :, head] @ matrix)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [8, 12, 16])
+def test_fits_do_what_was_written_and_read_as_it(width: int):
+    layout = layout_of(((0, 2), (1,)), width=width)
+    query, attended = torch.randn(2, 4, 3, 8).double(), torch.randn(2, 4, 3, width).double()
+    factors, matrices = torch.randn(3, 8).double(), torch.randn(3, 8, width).double()
+    gains = torch.randn(3, width // 2, dtype=torch.complex128)
+    turned = torch.complex(*query.chunk(2, dim=-1))[..., list(layout.shape.frequencies)] * gains
+    cases = [
+        (HeadScale(layout.shape, dtype=torch.float64), factors, query, query * factors),
+        (HeadMix(3, 8, width).double(), matrices, attended, torch.einsum("hmn,bthn->bthm", matrices, attended)),
+        (RotaryGain(layout.shape, dtype=torch.float64), gains, query, torch.cat((turned.real, turned.imag), -1)),
+    ]
+    for fit, written, heads, expected in cases:
+        fit.write(written, layout)
+        torch.testing.assert_close(fit.read(layout), written)
+        found = fit.fit_query(heads, layout) if isinstance(fit, RotaryGain) else fit(heads)
+        torch.testing.assert_close(found, expected)
+        fit.write(None, layout)
+        assert not fit.weight.any()
 
 
 def test_a_shared_linear_computes_in_its_inputs_dtype():

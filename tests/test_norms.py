@@ -124,17 +124,18 @@ def test_statistics_before_the_norm_against_float64(span: str, name: str):
 
 
 # With scales of their own, heads of a layer's norm differ in size as well, which aligning does not undo.
+@pytest.mark.parametrize(("name", "partition"), [("mha", PARTITION), ("gqa", ((0, 2), (1,)))])
 @pytest.mark.parametrize(("span", "merge"), [("head", "aligned"), ("head", "principal"), ("layer", "principal")])
-def test_heads_that_are_rotations_of_each_other_share_one_exactly(span: str, merge: str):
-    weights, hidden, activations, moments = layer(span, like_first=True)
-    expected = base_scores(activations, moments.shape)
-    found = {}
-    for name in ("mean", merge):
-        shared = merge_layer(moments, weights, PARTITION, SharedShape.of_width(moments.shape), name)
-        if name == "mean":
-            ones = torch.ones(4, 4, dtype=torch.complex128)
-            shared = replace(shared, query_gain=ones, query_scale=torch.ones(4, 8).double())
-        found[name] = (scores(shared, weights, hidden) - expected).norm() / expected.norm()
+def test_heads_that_are_rotations_of_each_other_share_one_exactly(span: str, merge: str, name: str, partition):
+    weights, hidden, activations, moments = layer(span, like_first=True, name=name)
+    base, expected, found = moments.shape, base_scores(activations, moments.shape), {}
+    for method in ("mean", merge):
+        shared = merge_layer(moments, weights, partition, SharedShape.of_width(base), method)
+        if method == "mean":
+            gain = torch.ones(base.num_attention_heads, base.rotary_dim // 2, dtype=torch.complex128)
+            scale = torch.ones(base.num_attention_heads, base.head_dim, dtype=torch.float64)
+            shared = replace(shared, query_gain=gain, query_scale=scale)
+        found[method] = (scores(shared, weights, hidden) - expected).norm() / expected.norm()
     assert found[merge] < 1e-10 < 0.1 < found["mean"]
 
 

@@ -44,6 +44,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import config as lora_config
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForTokenClassification,
     BloomConfig,
@@ -340,16 +341,74 @@ def test_floats_of_any_width_load(wrapped, family, tmp_path):
         assert torch.equal(loaded[at], contents[at.replace(".default", "")].to(dtype).float())
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-def test_resized_embeddings_are_saved_and_loaded(wrapped, family, tmp_path):
+def resized(folder, family, **options):
+    """A base from a folder, with tokens added to its 101."""
+    if not folder.exists():
+        BASES[family]().save_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    base.resize_token_embeddings(110)
+    return base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resized_embeddings_are_saved_and_loaded(family, dtype, tmp_path):
     """As LoRA's: PEFT saves them with the adapter where the vocabulary was resized."""
+    model = wrap(resized(tmp_path / "base", family), GROUPS[family])
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"embed_tokens.weight \(resize_token_embeddings\(110\) of the base first"):
+        PeftModel.from_pretrained(BASES[family](), tmp_path / "adapter")
+    torch.manual_seed(7)  # other rows for the added tokens
+    base = resized(tmp_path / "base", family, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*adapter file.*")
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    for layer in ("get_input_embeddings", "get_output_embeddings"):
+        found, expected = getattr(loaded, layer)().weight, getattr(model, layer)().weight
+        assert torch.equal(found, expected.to(dtype))
+    if dtype == torch.float32:
+        assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("row", [0, 100])
+@pytest.mark.parametrize("layer", ["get_input_embeddings", "get_output_embeddings"])
+def test_other_embeddings_of_the_bases_own_tokens_are_refused(family, layer, row, tmp_path):
+    def changed(base):
+        with torch.no_grad():
+            getattr(base, layer)().weight[row] += 0.1
+        return base
+
+    model = wrap(changed(resized(tmp_path / "base", family)), GROUPS[family])
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="other embeddings of the base's own tokens.*weight.*a base that has them"):
+        PeftModel.from_pretrained(resized(tmp_path / "base", family), tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(changed(resized(tmp_path / "base", family)), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_embeddings_of_a_base_of_unknown_origin_are_told(wrapped, family, tmp_path):
     wrapped.base_model.model.resize_token_embeddings(110)
     wrapped.save_pretrained(tmp_path, save_embedding_layers=True)
     base = BASES[family]()
+    torch.manual_seed(7)
     base.resize_token_embeddings(110)
     with pytest.warns(UserWarning, match="The adapter file replaces the base's .*embed_tokens.weight"):
         loaded = PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(logits(loaded), logits(wrapped))
+
+
+def test_added_tokens_that_are_trained_come_back(family, tmp_path):
+    """What TRL makes of a chat template with new tokens: PEFT saves their trained head twice."""
+    options = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [101, 102]}}
+    model = wrap(resized(tmp_path / "base", family), GROUPS[family], **options)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    model.save_pretrained(file.parent)
+    loaded = PeftModel.from_pretrained(resized(tmp_path / "base", family), file.parent)
+    assert torch.equal(logits(loaded), logits(model))
+    content = load_file(file)
+    content["base_model.model.lm_head.modules_to_save.weight"] += 1
+    save_file(content, file)
+    with pytest.raises(ValueError, match="unknown: base_model.model.lm_head.modules_to_save.weight"):
+        PeftModel.from_pretrained(resized(tmp_path / "base", family), file.parent)
 
 
 VARIANTS = {"velora_config": ("VeloraConfig", {"num_groups": 4}), "monteclora_config": ("MontecloraConfig", {})}

@@ -209,7 +209,7 @@ def test_the_table_has_a_line_and_a_command_for_each_choice(tmp_path, capsys):
 
 
 def test_estimates_are_near_what_was_measured_on_one_h200():
-    """Of recipes/benchmarks/README.md: "Distillation's cost" and "Conversion"."""
+    """Of recipes/benchmarks/README.md: "Distillation's cost", "Recovery's speed" and "Conversion"."""
     sizes = {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
     small = meta_model(LlamaConfig(**sizes, num_attention_heads=32, tie_word_embeddings=True, dtype="bfloat16"))
     trained = 43_450_000
@@ -220,6 +220,9 @@ def test_estimates_are_near_what_was_measured_on_one_h200():
     llama = meta_model(LlamaConfig(**LLAMA_2_7B))
     initialization = initialization_need(Sizes.of(llama), trained, 262_144, 8192, refits=True, gpu_free=int(120e9))
     assert initialization.device == pytest.approx(7.55e9, rel=TOLERANCE)
+    of_rank_64 = 411_697_152
+    recovery = recovery_need(Sizes.of(llama), of_rank_64, 8192, True, True, accumulates=False, on_gpu=True)
+    assert 2 * llama.num_parameters() + 4 * of_rank_64 + recovery.device == pytest.approx(21.7 * 2**30, rel=TOLERANCE)
     found = estimate(llama, trained, (32, 8, 128), CARDS["h200"])
     assert found.initialization_hours * 3600 == pytest.approx(54.1, rel=0.01)
     assert found.recovery_hours * 3600 == pytest.approx(98_304_000 * training_flops_per_token(llama) / rate, rel=0.01)

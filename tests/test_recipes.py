@@ -45,7 +45,7 @@ def test_every_recipe_is_a_module_of_the_package():
         assert import_module(name).__doc__, name
 
 
-def test_quickstart_prints_three_measured_rows_twice_in_a_row(tmp_path):
+def test_quickstart_prints_four_measured_rows_twice_in_a_row(tmp_path):
     """And a line per stage, but nothing that a library warns of."""
     small = "--steps 1 --batch-size 2 --train-length 64 --block-size 128 --calibration-blocks 8 --held-out-blocks 4"
     command = [sys.executable, "-m", "recipes.quickstart", "--output", str(tmp_path), *small.split()]
@@ -55,13 +55,16 @@ def test_quickstart_prints_three_measured_rows_twice_in_a_row(tmp_path):
         lines = done.stdout.splitlines()
         assert lines[-1] == f"The plain checkpoint lies in {tmp_path / 'plain'}"
     stages = [line for line in lines if re.match(r"\[ *\d+ s\] ", line)]
-    assert len(stages) == 10 and "Nothing is downloaded" in stages[0] and "measuring it on 512 tokens" in stages[1]
+    assert len(stages) == 13 and "Nothing is downloaded" in stages[0] and "on 512 tokens" in stages[8]
     assert "warn" not in done.stderr.lower() and "fail" not in done.stderr.lower()
     rows = json.loads(lines[-2])["rows"]
-    assert [row["KV heads"] for row in rows] == [16, 4, 4]
-    assert rows[2]["KV bytes/token"] * 4 == rows[0]["KV bytes/token"]
-    assert rows[2]["parameters"] < rows[0]["parameters"]
-    assert rows[2]["perplexity, no training"] < rows[1]["perplexity, no training"] / 10
+    assert [row["KV heads"] for row in rows] == [16, 4, 4, 4]
+    base, classic, classic_distilled, ours = rows
+    assert ours["KV bytes/token"] * 4 == base["KV bytes/token"]
+    assert classic["parameters"] == classic_distilled["parameters"] < ours["parameters"] < base["parameters"]
+    before, after = "perplexity, no training", "perplexity, recovered"
+    assert ours[before] < classic[before] / 10 and classic[before] == classic_distilled[before]
+    assert classic[after] != classic_distilled[after]
     assert not list(tmp_path.glob("*.partial"))
 
 

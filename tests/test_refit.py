@@ -64,11 +64,12 @@ def test_never_raises_the_error_and_a_higher_rank_is_no_worse(seed, rank, scalin
     assert penalised[1] <= penalised[0] * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("scaling", [0.5, -0.5])
 @pytest.mark.parametrize("rank", [min(E, WIDTH), E + 3])
-def test_enough_rank_is_the_full_solution(rank):
+def test_enough_rank_is_the_full_solution(rank, scaling):
     refit = fitted(*problem())
-    lora_a, lora_b = refit.low_rank(rank, scaling=0.5)
-    torch.testing.assert_close(0.5 * lora_b @ lora_a, refit.change())
+    lora_a, lora_b = refit.low_rank(rank, scaling)
+    torch.testing.assert_close(scaling * lora_b @ lora_a, refit.change())
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
@@ -113,6 +114,26 @@ def test_nothing_to_repair_changes_nothing():
     torch.testing.assert_close(refit.output_mix(3), identity, rtol=0, atol=1e-9)
 
 
+def test_before_any_token_nothing_changes():
+    weight, _, _ = problem()
+    refit = OutputRefit(weight)
+    assert not refit.change().any()
+    lora_a, lora_b = refit.low_rank(3)
+    assert not (lora_b @ lora_a).any()
+
+
+def test_a_head_mix_is_the_identity_where_a_head_writes_nothing():
+    """In the directions that o_proj does not read from a head, any matrix is as good: it stays the one that it is."""
+    weight, inputs, targets = problem()
+    weight[:, :4] = 0  # the first of three heads, and a direction of the second
+    weight[:, 4] = 0
+    first, second, third = fitted(weight, inputs, targets).output_mix(3)
+    identity = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(first, identity)
+    torch.testing.assert_close(second[0], identity[0])
+    assert (third - identity).abs().max() > 0.1
+
+
 def test_factors_are_balanced():
     lora_a, lora_b = fitted(*problem()).low_rank(4, scaling=2.0)
     torch.testing.assert_close(lora_a.norm(), lora_b.norm())
@@ -141,7 +162,9 @@ def test_subspace_iteration_finds_the_best_change_of_a_wide_layer():
     def lost(change):
         return ((change - refit.change()) @ root).norm()
 
-    assert lost(torch.mm(*reversed(refit.low_rank(rank)))) < lost(left @ left.T @ refit.change()) * 1.001
+    lora_a, lora_b = refit.low_rank(rank)
+    assert lora_a.shape == (rank, width) and lora_b.shape == (width, rank)
+    assert lost(lora_b @ lora_a) < lost(left @ left.T @ refit.change()) * 1.001
 
 
 def head_matrices(heads: int, seed: int = 5) -> torch.Tensor:
@@ -178,3 +201,26 @@ def test_mix_and_low_rank_beat_low_rank_alone_where_heads_turned():
     mixed = refit.with_output_mix(refit.output_mix(3))
     together = mixed.objective(torch.mm(*reversed(mixed.low_rank(2))))
     assert together - refit.objective(refit.change()) < 0.1 * (alone - refit.objective(refit.change()))
+
+
+@pytest.mark.parametrize(("width", "factorisation"), [(400, "qr"), (60, "eigh")])
+def test_factorisations_take_one_thread_and_give_the_others_back(width: int, factorisation: str, monkeypatch):
+    """More of them wait for each other at every column, on a busy machine for most of the time."""
+    generator = torch.Generator().manual_seed(0)
+    refit = OutputRefit(torch.randn(width, 24, generator=generator))
+    refit.update(torch.randn(1, 90, 24, generator=generator), torch.randn(1, 90, width, generator=generator))
+    threads, own = [], getattr(torch.linalg, factorisation)
+
+    def watched(matrix):
+        if matrix.shape[-2] == width:
+            threads.append(torch.get_num_threads())
+        return own(matrix)
+
+    monkeypatch.setattr(torch.linalg, factorisation, watched)
+    torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        refit.low_rank(4)
+        assert set(threads) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

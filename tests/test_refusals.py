@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from types import SimpleNamespace
 
@@ -25,6 +24,8 @@ from models import (
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
+
+from asymgqa_peft import initialize_asymgqa_weights
 
 # --- a model that carries adapters ---
 
@@ -181,43 +182,75 @@ def test_resized_embeddings_contradict_nothing():
 # --- what would be found out much later ---
 
 
-def test_an_offloaded_base_is_refused(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
-    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    base = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "offload")
-    )
-    before = logits(base)
-    with pytest.raises(ValueError, match="device_map places weights on cpu, disk, and some are offloaded"):
-        get_peft_model(base, adapter_config())
-    assert torch.equal(logits(base), before)
-
-
 def test_lora_biases_without_a_place_in_the_base_are_refused():
     with pytest.raises(ValueError, match=r"lora_bias=True cannot be merged into 'model.layers.0.self_attn.q_proj'"):
         get_peft_model(tiny_llama(), adapter_config(lora_bias=True))
 
 
-def told(base, **fields) -> list[str]:
-    """What a wrap says about plain checkpoints."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        get_peft_model(base, adapter_config(**fields))
-    return [str(warning.message) for warning in caught if "merge_and_unload will refuse" in str(warning.message)]
-
-
-def test_groups_that_no_plain_checkpoint_holds_are_told_at_wrapping():
+def longrope_phi3():
+    """A Phi-3 whose configuration counts rotary frequencies by hidden size and heads; K = 8."""
     longrope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 500.0}
     longrope |= {"original_max_position_embeddings": 8}
-    config = tiny_config("phi3", hidden_size=64, head_dim=None, rope_parameters=longrope)
-    unequal = [[[0, 1, 2], [3], [4, 5], [6, 7]]] * 2
-    for fields in ({"num_key_value_heads": 4}, {"head_groups": unequal, "num_key_value_heads": 4}):
-        (message,) = told(random_model(copy.deepcopy(config)), **fields)
-        assert "No Phi3Config holds 4 groups of up to 3 query heads" in message and "grouping='symmetric'" in message
-    for fields in ({"grouping": "symmetric"}, {"grouping": "neighbour"}, {"head_groups": EQUAL_GROUPS}):
-        assert not told(random_model(copy.deepcopy(config)), num_key_value_heads=4, **fields)
-    assert not told(tiny_llama())
+    return random_model(tiny_config("phi3", hidden_size=64, head_dim=None, rope_parameters=longrope))
+
+
+UNEQUAL = [[[0, 1, 2], [3], [4, 5], [6, 7]]] * 2
+IN_PAIRS = [[[0, 1, 2, 3], [4, 5], [6, 7]]] * 2  # each head stored for two: 4 K/V heads of 8
+NO_CHECKPOINT = {
+    "searched": ({}, "may find groups of 3 KV heads.*grouping='symmetric'.*max_group_size=2"),
+    "given": ({"head_groups": UNEQUAL}, "holds 4 groups of up to 3 query heads.*grouping='symmetric'"),
+    "of random sizes": ({"num_key_value_heads": 3, "grouping": "random"}, "holds 3 groups of up to 3"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CHECKPOINT)
+def test_groups_that_no_plain_checkpoint_holds_are_refused_at_wrapping(name):
+    fields, message = NO_CHECKPOINT[name]
+    base = longrope_phi3()
+    before, modules = logits(base), dict(base.named_modules())
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        get_peft_model(base, adapter_config(**{"num_key_value_heads": 4} | fields))
+    assert dict(base.named_modules()) == modules and not hasattr(base, "peft_config")
+    assert torch.equal(logits(base), before)
+
+
+def test_a_quantised_base_is_asked_what_its_exact_twin_can_be_merged_to():
+    base = longrope_phi3()
+    base.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="bitsandbytes"))
+    with pytest.raises(ValueError, match="may find groups of 3 KV heads"):
+        get_peft_model(base, adapter_config(num_key_value_heads=4))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"grouping": "symmetric"}, {"max_group_size": 2}, {"grouping": "neighbour"}, {"head_groups": EQUAL_GROUPS}],
+)
+def test_what_the_refusal_names_instead_is_taken_and_merges(fields):
+    model = get_peft_model(longrope_phi3(), adapter_config(**{"num_key_value_heads": 4} | fields)).eval()
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_that_are_held_with_some_heads_twice_are_taken():
+    model = get_peft_model(longrope_phi3(), adapter_config(IN_PAIRS)).eval()
+    expected = logits(model)
+    with pytest.raises(ValueError, match="duplicate_kv_heads=True"):
+        model.merge_and_unload()
+    plain = model.merge_and_unload(duplicate_kv_heads=True)
+    assert plain.config.num_key_value_heads == 4
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_search_for_them_is_refused_before_it_begins():
+    model = get_peft_model(longrope_phi3(), adapter_config(EQUAL_GROUPS))
+    with pytest.raises(ValueError, match="grouping='asymmetric' may find groups of 3 KV heads"):
+        initialize_asymgqa_weights(model, [prompt(4, 12)])
+
+
+def test_an_adapter_of_such_groups_that_is_there_still_loads():
+    base = longrope_phi3()
+    with pytest.warns(UserWarning, match="merge_and_unload will refuse this adapter.*holds 4 groups of up to 3"):
+        get_peft_model(base, adapter_config(UNEQUAL, initialized=True))
 
 
 def test_continuous_batching_is_refused_at_the_call():

@@ -25,11 +25,13 @@ from models import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import (
     BitsAndBytesConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    TrainerCallback,
 )
 from trl import SFTConfig, SFTTrainer
 
@@ -773,6 +775,28 @@ def test_bad_arguments_name_themselves(name, value):
         AsymGQATrainer(model=None, **{name: value})
 
 
+def with_gpus(path, count) -> SFTConfig:
+    """Arguments that see so many GPUs and no launcher."""
+    args = SFTConfig(output_dir=str(path), use_cpu=True, bf16=False, report_to=[])
+    assert args.n_gpu == 0  # sets it
+    args._n_gpu = count
+    return args
+
+
+def test_several_gpus_without_a_launcher_are_refused_before_anything_changes(tokenizer, tmp_path):
+    base = tiny_llama()
+    modules = dict(base.named_modules())
+    options = {"peft_config": adapter_config(), "train_dataset": token_dataset(documents())}
+    options |= {"processing_class": tokenizer}
+    with pytest.raises(ValueError, match="2 GPUs are visible to one process.*`accelerate launch`"):
+        AsymGQATrainer(base, with_gpus(tmp_path, 2), **options)
+    assert dict(base.named_modules()) == modules and not hasattr(base, "peft_config")
+    # As after device_map="auto", which needs no launcher.
+    base.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    trainer = AsymGQATrainer(base, with_gpus(tmp_path, 2), **options)
+    assert trainer.args.n_gpu == 1
+
+
 def test_model_without_adapter_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="PeftModel"):
         build(tiny_llama(), token_dataset(documents(4)), tokenizer, tmp_path)
@@ -804,3 +828,27 @@ def test_peft_config_is_accepted(tokenizer, tmp_path):
     extra = {"peft_config": adapter_config(GROUPS["llama"])}
     logs = train(build(tiny_llama(), token_dataset(documents(16)), tokenizer, tmp_path, trainer_options=extra))
     assert all(entry["loss"] > 0 for entry in logs)
+
+
+def test_torch_compile_compiles_one_graph_for_all_layers_while_training(tmp_path, tokenizer):
+    data = token_dataset(documents(shortest=20, longest=21))
+    options = dict(gradient_checkpointing=True, torch_compile_backend="aot_eager")
+    expected = build(adapted(), data, tokenizer, tmp_path / "eager", gradient_checkpointing=True)
+    found = build(adapted(), data, tokenizer, tmp_path / "compiled", **options)
+    layers = found.model.base_model.decoder_layers
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append([layer._compiled_call_impl is not None for layer in layers])
+
+    found.add_callback(Watch())
+    torch._dynamo.reset()
+    counters.clear()
+    assert train_losses(found) == pytest.approx(train_losses(expected), rel=1e-5)
+    assert seen == [[True] * LAYERS] * 3
+    # The student's, the teacher's, and the first layer's, whose input needs a gradient: groups make none of their own.
+    assert 0 < counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"]
+    assert not any(layer._compiled_call_impl for layer in layers)
+    for name, value in parameters(found.model).items():
+        torch.testing.assert_close(value, dict(expected.model.named_parameters())[name], rtol=1e-3, atol=1e-5)

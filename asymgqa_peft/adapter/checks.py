@@ -14,13 +14,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..choices import check_width
 from ..config import AsymGQAConfig
 from ..families import Family
 from ..groups import HeadGroups, default_max_group_size, split_evenly
 from ..heads import HeadShape, SharedShape
+from .offload import is_offloaded, weights_without_a_place
 from .plan import is_quantised, plan_export
 from .rope import refusal_of_rope
 from .site import AttentionSite
@@ -124,27 +125,45 @@ def _refusal_of_width(shape: HeadShape, family: Family, model: nn.Module, kv_hea
     return None
 
 
-def warn_if_not_exportable(
+def check_exportable(model: PreTrainedModel, config: AsymGQAConfig, groups: HeadGroups, heads: SharedShape) -> None:
+    """Raise ValueError where no stock class holds the groups to wrap with, or those that a search may find.
+
+    An adapter that comes from a file is only warned of: it answers as it did before.
+    """
+    try:
+        if config.head_groups is None and config.grouping == "asymmetric":
+            check_search_exportable(model, config, groups, heads)
+        else:
+            _plan_quietly(model, config, groups, heads, duplicate_kv_heads=True)
+    except ValueError as error:
+        if config.initialized is None:
+            raise
+        warnings.warn(f"merge_and_unload will refuse this adapter, or may after a search: {error}", stacklevel=2)
+
+
+def check_search_exportable(
     model: PreTrainedModel, config: AsymGQAConfig, groups: HeadGroups, heads: SharedShape
 ) -> None:
-    """Warn if no stock class holds the groups to wrap with, or those of some sizes that a search may find."""
-    if is_quantised(model):
-        return  # a plain checkpoint is made on another base
+    """Raise ValueError if a search may find groups that no stock class holds; the given ones say how many."""
     base_heads, num_groups = groups.base_kv_heads, groups.num_key_value_heads
-    candidates = [groups]
-    if config.head_groups is None and config.grouping == "asymmetric":
-        least, most = -(-base_heads // num_groups), min(largest_group(config, heads.base), base_heads - num_groups + 1)
-        for size in range(least, most + 1):
-            rest = split_evenly(range(size, base_heads), num_groups - 1)
-            candidates.append(HeadGroups(((tuple(range(size)), *rest),) * len(groups.layers), base_heads))
-    for candidate in candidates:
+    least, most = -(-base_heads // num_groups), min(largest_group(config, heads.base), base_heads - num_groups + 1)
+    for size in range(least, most + 1):
+        rest = split_evenly(range(size, base_heads), num_groups - 1)
+        found = HeadGroups(((tuple(range(size)), *rest),) * len(groups.layers), base_heads)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what a plain checkpoint will be like is told where one is made
-                plan_export(model, config, candidate, heads)
+            _plan_quietly(model, config, found, heads)
         except ValueError as error:
-            warnings.warn(f"merge_and_unload will refuse this adapter, or may after a search: {error}", stacklevel=2)
-            return
+            remedy = f" Or max_group_size={size - 1}." if size > least else ""
+            raise ValueError(
+                f"grouping='asymmetric' may find groups of {size} KV heads, which could not be merged. {error}{remedy}"
+            ) from error
+
+
+def _plan_quietly(*args, **layout: bool) -> None:
+    """`plan_export` without its warnings: what a plain checkpoint will be like is told where one is made."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan_export(*args, **layout)
 
 
 def check_foldable(model: PreTrainedModel, sites: Sequence[AttentionSite], adapter_name: str) -> None:
@@ -156,6 +175,8 @@ def check_foldable(model: PreTrainedModel, sites: Sequence[AttentionSite], adapt
             reason = f"its heads have {layout.shape.head_dim} dimensions, the base's {site.shape.head_dim}"
         elif site.family.norm_span == "layer" and len(set(map(len, layout.partition))) > 1:
             reason = "a norm spans all keys, in which a head that is stored more often than others would count more"
+    if is_offloaded(model):
+        reason = "they are offloaded"
     if is_quantised(model):
         reason = f"they are quantised ({type(model.hf_quantizer).__name__})"
     if reason:
@@ -251,13 +272,29 @@ def _contradiction(problems: list[str]) -> ValueError:
     )
 
 
-def check_on_devices(model: nn.Module) -> None:
-    """Raise ValueError for a model some of whose weights are offloaded."""
-    if getattr(model, "hf_device_map", None) and any(parameter.is_meta for parameter in model.parameters()):
-        places = sorted({str(place) for place in model.hf_device_map.values()})
+_OFFLOAD_FORBIDS = {
+    "use_dora": "reads the base's weights beside its forward",
+    "modules_to_save": "copies weights of the base",
+    "trainable_token_indices": "copies weights of the base",
+}
+"""Fields of a configuration that need the base's weights where accelerate does not load them, and why."""
+
+
+def check_on_devices(model: nn.Module, config: AsymGQAConfig) -> None:
+    """Raise ValueError for a model whose weights cannot be read, or offloaded ones that an adapter would need."""
+    lost = weights_without_a_place(model)
+    if lost and getattr(model, "hf_device_map", None):
         raise ValueError(
-            f"device_map places weights on {', '.join(places)}, and some are offloaded until they are used: groups "
-            "are made of the weights. Load the model where all of it fits, e.g. device_map='auto' over more GPUs."
+            f"{len(lost)} weights, the first of them {lost[0]}, are on the meta device, and no hook of accelerate "
+            "knows where to load them from: PeftModel.from_pretrained takes those of weights on disk away. Load the "
+            "base again, and the adapter by model = get_peft_model(base, PeftConfig.from_pretrained(adapter)) and "
+            "set_peft_model_state_dict(model, load_peft_weights(adapter))."
+        )
+    needs = [f"{field} {why}" for field, why in _OFFLOAD_FORBIDS.items() if getattr(config, field)]
+    if needs and is_offloaded(model):
+        raise ValueError(
+            f"The base is offloaded, its weights are there only while they are used: {'; '.join(needs)}. Leave that "
+            "unset, or load the base where all of it fits, e.g. device_map='auto' over more GPUs."
         )
 
 
@@ -275,17 +312,19 @@ def tensor_problems(
     own: Mapping[str, Tensor],
     may_lack_groups: Collection[str],
     embeddings: Collection[str],
+    tokens: int | None,
 ) -> list[str]:
     """What is wrong with an adapter's state dict: tensors missing, unknown, mis-shaped, of other dtypes, not finite.
 
     A whole model's state dict, as accelerate saves it, has all of the base's tensors too; an adapter's none but what
-    PEFT saves with it where the vocabulary was resized.
+    PEFT saves with it where the vocabulary was resized: the base's embeddings with rows for the added tokens.
 
     Args:
         given: what is to be loaded, by name.
         own: what the model holds, all of its adapters and the base.
         may_lack_groups: adapters whose configuration says the groups, as files of version 0.1 do alone.
         embeddings: names of the base's tensors that an adapter's file may hold.
+        tokens: how many of their rows are the base's own, the others having been added; None if nobody knows.
     """
     if not given:
         return ["it holds no tensor of this model"]
@@ -306,18 +345,26 @@ def tensor_problems(
     is_whole = all(id(tensor) in held for key, tensor in own.items() if _is_of_base(key))
     for key, tensor in given.items():
         if key not in own:
-            problems.append(f"unknown: {key}")
+            if not _is_second_copy(key, given):
+                problems.append(f"unknown: {key}")
         elif ".lora_groups." in key:
             continue  # `HeadLayout.checked` knows more about them
         elif tensor.shape != own[key].shape:
-            problems.append(f"shape {tuple(tensor.shape)} instead of {tuple(own[key].shape)}: {key}")
+            remedy = f" (resize_token_embeddings({len(tensor)}) of the base first)" if key in embeddings else ""
+            problems.append(f"shape {tuple(tensor.shape)} instead of {tuple(own[key].shape)}: {key}{remedy}")
         elif tensor.is_floating_point() != own[key].is_floating_point():
             problems.append(f"dtype {tensor.dtype} instead of {own[key].dtype}: {key}")
         elif _is_of_base(key):
             if not is_whole and key not in embeddings:
                 problems.append(f"a tensor of the base, which no adapter may change: {key}")
-            elif not is_whole:
-                replaced.append(key)
+            elif not is_whole and (row := _first_changed_row(tensor, own[key])) is not None:
+                if tokens is None:
+                    replaced.append(key)
+                elif row < tokens:
+                    problems.append(
+                        f"other embeddings of the base's own tokens, which no adapter may change: {key} (load it onto "
+                        "a base that has them; train embeddings as modules_to_save or trainable_token_indices)"
+                    )
         elif tensor.is_floating_point() and not _is_finite(tensor, own[key].dtype):
             problems.append(f"NaN or inf: {key}")
     if replaced and not problems:
@@ -325,6 +372,41 @@ def tensor_problems(
             f"The adapter file replaces the base's {', '.join(replaced)}, also while it is off.", stacklevel=4
         )
     return problems
+
+
+def _is_second_copy(key: str, given: Mapping[str, Tensor]) -> bool:
+    """Whether it holds a module that is trained whole once more, without the adapter's name.
+
+    PEFT saves the head and the embeddings of a resized vocabulary so, and passes over it when it loads them.
+    """
+    module, mark, name = key.rpartition(".modules_to_save.")
+    for other, tensor in given.items():
+        named = mark and other != key and other.startswith(module + mark) and other.endswith(f".{name}")
+        if named and torch.equal(tensor, given[key]):
+            return True
+    return False
+
+
+def _first_changed_row(given: Tensor, own: Tensor) -> int | None:
+    """The first row of an embedding that differs, in the narrower dtype of both."""
+    given, own = given.to(own.device), own.detach()
+    dtype = min(given.dtype, own.dtype, key=lambda each: each.itemsize)
+    changed = (given.to(dtype) != own.to(dtype)).reshape(len(own), -1).any(1).nonzero()
+    return int(changed[0]) if len(changed) else None
+
+
+def own_tokens(config: PretrainedConfig) -> int | None:
+    """The vocabulary of the checkpoint that a model came from, whatever it was resized to.
+
+    None if the checkpoint cannot be looked up here.
+    """
+    if not config.name_or_path:
+        return None
+    try:
+        saved, _ = type(config).get_config_dict(config.name_or_path, local_files_only=True)
+    except OSError:
+        return None
+    return saved.get("vocab_size")
 
 
 def _adapter_of(key: str) -> str | None:

@@ -6,33 +6,134 @@ import copy
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from accelerate import dispatch_model, init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..families import StandIn
 from ..groups import SlotLayout, group_of_heads
 from ..heads import SharedHeads, SharedShape, join_bias, split_bias
+from .layer import SharedLayer
+from .offload import copy_without_hooks, in_place, is_offloaded
 from .plan import ExportPlan
-from .site import AttentionSite, attention_sites
+from .site import AttentionSite
 
 
-@torch.no_grad()
-def export_plain_model(
-    model: PreTrainedModel, plan: ExportPlan, readers: Sequence[Callable[[], SharedHeads]]
-) -> PreTrainedModel:
-    """Write the shared heads into a model whose LoRA is merged, and return it as an instance of the stock class.
+class MergedWeights(Mapping[str, Tensor]):
+    """The plain model's tensors by name, merged when they are asked for, a decoder layer at a time.
 
-    Each of the ``readers`` reads the shared heads of a layer. The model is used up, one projection at a time, its
-    heads one by one in float64: beside it, less than a layer is held.
+    Nothing of the model changes. The layer that was asked for last is kept, in main memory if it is offloaded.
+
+    Attributes:
+        empty: the plain model without weights.
+        layers: numbers of the decoder layers, and None for what is in none of them.
     """
-    for site, layout, read in zip(attention_sites(model), plan.layouts, readers, strict=True):
-        block = model.get_submodule(site.name.rpartition(".")[0])
-        _write_layer(site, block, layout, read(), plan)
-    return _as_stock_model(model, plan)
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[AttentionSite],
+        plan: ExportPlan,
+        readers: Sequence[Callable[[], SharedHeads]],
+        unloaded: Callable[[nn.Module], nn.Module],
+    ) -> None:
+        """``readers`` read the shared heads of each layer; ``unloaded`` merges the LoRA of a part in place."""
+        self.model, self.sites, self.plan, self.readers, self.unloaded = model, sites, plan, readers, unloaded
+        self.layers = (None, *range(len(sites)))
+        self.stand_in = plan.stand_in or StandIn(plan.base.config.model_type)
+        self.empty = _empty_stock_model(model, plan, self.stand_in)
+        # By their layers and names.
+        self._wanted: dict[int | None, dict[str, Tensor]] = {layer: {} for layer in self.layers}
+        self._layer_of: dict[str, int | None] = {}
+        prefixes = {self.stand_in.rename(f"{site.layer_name}."): site.layer for site in sites}
+        for name, tensor in self.empty.state_dict().items():
+            self._layer_of[name] = next((prefixes[each] for each in prefixes if name.startswith(each)), None)
+            self._wanted[self._layer_of[name]][name] = tensor
+        self._kept: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor of the plain model."""
+        layer = self._layer_of[name]
+        if name not in self._kept:
+            # The last one makes room first.
+            self._kept = {}
+            self._kept = self.merged(layer)
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of all tensors."""
+        return iter(self._layer_of)
+
+    def __len__(self) -> int:
+        """Their number."""
+        return len(self._layer_of)
+
+    @torch.no_grad()
+    def merged(self, layer: int | None) -> dict[str, Tensor]:
+        """The tensors of a decoder layer, or of what is in none; what a merge leaves as it was, the base shares."""
+        blocks = [self.model.get_submodule(site.layer_name) for site in self.sites]
+        if layer is None:
+            part, prefix, memo = self.model, "", {id(block): nn.Identity() for block in blocks}
+            elsewhere = {module for block in blocks for module in block.modules()}
+        else:
+            part, prefix, memo, elsewhere = blocks[layer], f"{self.sites[layer].layer_name}.", {}, set()
+        with in_place(module for module in part.modules() if module not in elsewhere) as was_offloaded:
+            part = self.unloaded(_copy_to_merge(part, memo))
+            if layer is not None:
+                attention = part.get_submodule(self.sites[layer].name.removeprefix(prefix))
+                site = replace(self.sites[layer], attention=attention)
+                _write_layer(site, part, self.plan.layouts[layer], self.readers[layer](), self.plan)
+            tensors = _renamed(part.state_dict(prefix=prefix), self.stand_in)
+            if was_offloaded:
+                tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        if self.plan.stand_in is not None:
+            _add_neutral(tensors, self._wanted[layer])
+        return tensors
+
+
+def _copy_to_merge(root: nn.Module, memo: dict) -> nn.Module:
+    """A copy of a part of the base: it has its own weights where a merge changes them, and shares all others."""
+    for tensor in (*root.parameters(), *root.buffers()):
+        memo[id(tensor)] = tensor
+    for module in root.modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, SharedLayer):
+            for parameter in module.get_base_layer().parameters():
+                memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    return copy_without_hooks(root, memo)
+
+
+def plain_model(weights: MergedWeights, progressbar: bool) -> PreTrainedModel:
+    """The plain model with all of its weights, where the base has them: strict loading proves names and shapes."""
+    plain, model, tensors = weights.empty, weights.model, {}
+    for layer in tqdm(weights.layers, desc="merging", unit="layer", disable=not progressbar):
+        tensors |= weights.merged(layer)
+    plain.load_state_dict(tensors, strict=True, assign=True)
+    plain.tie_weights()
+    device_map = getattr(model, "hf_device_map", None)
+    if device_map and len(set(device_map.values())) > 1:
+        return dispatch_model(plain, {weights.stand_in.rename(name): place for name, place in device_map.items()})
+    return plain
+
+
+def plain_model_to_save(weights: MergedWeights) -> PreTrainedModel:
+    """The plain model without weights, whose `save_pretrained` asks for them file by file as of an offloaded one."""
+    plain, model = weights.empty, weights.model
+    dtypes = {}
+    for name, tensor in model.state_dict().items():
+        dtypes[weights.stand_in.rename(name.replace(".base_layer", ""))] = tensor.dtype
+    for name, parameter in plain.named_parameters():
+        # Tensors are shared out to files by their bytes.
+        parameter.data = parameter.data.to(dtypes.get(name, model.dtype))
+    plain.tie_weights()
+    plain.hf_device_map = {"": "disk"}
+    return add_hook_to_module(plain, AlignDevicesHook(weights_map=weights))
 
 
 def _write_layer(
@@ -151,25 +252,15 @@ def _mixed_outputs(site: AttentionSite, layout: SlotLayout, shared: SharedHeads)
     return slots.flatten(1)
 
 
-def _as_stock_model(model: PreTrainedModel, plan: ExportPlan) -> PreTrainedModel:
-    """A fresh instance of the stock class that takes over the tensors: strict loading proves names and shapes."""
+def _empty_stock_model(model: PreTrainedModel, plan: ExportPlan, stand_in: StandIn) -> PreTrainedModel:
+    """A fresh instance of the stock class, as the base is but for its weights, which are on the meta device."""
     with init_empty_weights(include_buffers=False):
         plain = plan.plain.model_class(plan.plain.config)
-    stand_in = plan.stand_in or StandIn(plan.base.config.model_type)
-    tensors = _renamed(model.state_dict(), stand_in)
-    if plan.stand_in is not None:
-        _add_neutral(tensors, plain, model)
-    plain.load_state_dict(tensors, strict=True, assign=True)
-    plain.tie_weights()
     plain.export_plan = plan  # for export_report; not part of the configuration
     _place_buffers(model, plain, stand_in)
     if model.can_generate():
         plain.generation_config = _savable(model.generation_config)
-    plain.train(model.training)
-    device_map = getattr(model, "hf_device_map", None)
-    if device_map and len(set(device_map.values())) > 1:
-        return dispatch_model(plain, {stand_in.rename(name): device for name, device in device_map.items()})
-    return plain
+    return plain.train(model.training)
 
 
 def _renamed(tensors: dict[str, Tensor], stand_in: StandIn) -> dict[str, Tensor]:
@@ -189,10 +280,10 @@ def _renamed(tensors: dict[str, Tensor], stand_in: StandIn) -> dict[str, Tensor]
     return renamed
 
 
-def _add_neutral(tensors: dict[str, Tensor], plain: nn.Module, model: nn.Module) -> None:
+def _add_neutral(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """Biases and norms that a stand-in has and the base has not: zeros, and scales of ones."""
-    fallback = next(model.parameters())
-    for name, empty in plain.state_dict().items():
+    fallback = next(iter(tensors.values()))
+    for name, empty in wanted.items():
         if name not in tensors and empty.dim() == 1:
             # Of the weight beside it: a head that was trained on its own may have another dtype.
             like = tensors.get(name.rpartition(".")[0] + ".weight", fallback)
@@ -206,11 +297,15 @@ def _place_buffers(model: nn.Module, plain: nn.Module, stand_in: StandIn) -> Non
     It starts fresh: what a long input made of the model's, dynamic RoPE would not take back.
     """
     devices = {stand_in.rename(name): buffer.device for name, buffer in model.named_buffers()}
+    fallback = model.device
+    if is_offloaded(model):
+        # In main memory, as the weights; what runs the model puts them where it runs.
+        devices, fallback = {}, torch.device("cpu")
     loaded = plain.state_dict()
     for name, buffer in list(plain.named_buffers()):
         if name not in loaded:
             parent, _, attribute = name.rpartition(".")
-            setattr(plain.get_submodule(parent), attribute, buffer.to(devices.get(name, model.device)))
+            setattr(plain.get_submodule(parent), attribute, buffer.to(devices.get(name, fallback)))
 
 
 def _savable(config: GenerationConfig) -> GenerationConfig:

@@ -14,7 +14,6 @@ An adapter in effect shows the attention one of two shapes, which compute the sa
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from ..families import Family
 from ..groups import Partition
 from ..heads import HeadShape, SharedShape
+from .offload import copy_without_hooks
 from .slots import HeadLayout, HeadMix, HeadScale, RotaryGain
 
 # No LoRA, for all their names: PEFT trains and saves what stands under the prefix "lora_".
@@ -178,7 +178,6 @@ class SharedProjection(SharedLayer):
                 self.lora_query_mix[adapter_name] = HeadMix(heads, shape.pass_dim, base.pass_dim, **factory)
         if "value" in self.parts and base.free_values:
             self.lora_value_mix[adapter_name] = HeadMix(heads, base.head_dim, shape.head_dim, **factory)
-        self.set_adapter(self.active_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter's heads, gains, mixes and groups."""
@@ -196,8 +195,8 @@ class SharedProjection(SharedLayer):
 
     def heads_seen(self, adapter_name: str, x: Tensor) -> list[Tensor]:
         """(B, T, E) -> for each part the shared heads (B, T, G, W), or one per query head (B, T, H, D or W)."""
-        groups = len(self.layout(adapter_name).partition)
-        shared = self.lora_kv[adapter_name](x).unflatten(-1, (len(self.parts), groups, -1))
+        width = self.layout(adapter_name).shape.head_dim
+        shared = self.lora_kv[adapter_name](x).unflatten(-1, (len(self.parts), -1, width))
         seen = []
         for index, part in enumerate(self.parts):
             # Not unbind: OLMo clamps what it gets in place, which autograd forbids for one of several views.
@@ -274,10 +273,13 @@ class SharedProjection(SharedLayer):
         if name is None:
             geometry = Geometry.of_base(shape)
         else:
-            slots, shared = self.layout(name).slots, self.layout(name).shape
-            heads, kv_heads = slots.num_slots, slots.kv_heads
+            shared = self.layout(name).shape
             if self.shows_heads:
+                # Without a look at the slots, which differ between layers: one compiled graph fits all of them.
                 heads = kv_heads = shape.num_attention_heads
+            else:
+                slots = self.layout(name).slots
+                heads, kv_heads = slots.num_slots, slots.kv_heads
             if self.decodes:
                 shared = shape
             geometry = Geometry(heads, kv_heads, shared.head_dim, shared.rotary_dim)
@@ -326,12 +328,11 @@ class SharedNorm(SharedLayer):
 
     def update_layer(self, adapter_name: str, partition: Partition, shape: SharedShape, declared: bool) -> None:
         """Add an adapter; its scale is still to be written."""
-        norm, rows = copy.deepcopy(self.get_base_layer()), shape.head_dim
+        norm, rows = copy_without_hooks(self.get_base_layer()), shape.head_dim
         if self.shape.norm_span == "layer":
             rows *= self.heads_spanned(partition)
         norm.weight = nn.Parameter(torch.empty(rows, device=self._device(), dtype=self._dtype()))
         self.lora_norm[adapter_name] = norm
-        self.set_adapter(self.active_adapters)
 
     def heads_spanned(self, partition: Partition) -> int:
         """How many heads a norm over the layer takes together."""

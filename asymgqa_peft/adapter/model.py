@@ -20,6 +20,7 @@ from ..estimates import Sizes, lack_of_memory, merge_bytes
 from ..families import head_shape
 from ..groups import HeadGroups
 from .checks import (
+    check_exportable,
     check_foldable,
     check_modules,
     check_modules_to_save,
@@ -28,13 +29,14 @@ from .checks import (
     check_unadapted,
     initial_groups,
     is_sharded,
+    own_tokens,
     shared_shape,
     tensor_problems,
-    warn_if_not_exportable,
 )
-from .export import export_plain_model, fold_into_base
+from .export import MergedWeights, fold_into_base, plain_model, plain_model_to_save
 from .layer import SharedLayer, SharedProjection
-from .plan import ExportPlan, plan_export
+from .offload import bring_adapter_home, in_place, is_on_disk, unnoticed
+from .plan import ExportPlan, is_quantised, plan_export
 from .site import attention_sites, base_layer
 from .slots import HeadLayout
 
@@ -62,10 +64,10 @@ class AsymGQAModel(LoraModel):
         # PEFT calls this before it changes anything: every check of config against model belongs here.
         if self._before_merge:
             raise ValueError("An adapter is merged: call unmerge_adapter() first, a new one starts from the base.")
+        check_on_devices(self.model, peft_config)
         if not hasattr(self, "sites"):
             sites = attention_sites(self.model)
             check_not_sharded(self.model)
-            check_on_devices(self.model)
             check_modules(self.model, sites)
             self.sites, self._newly_wrapped = sites, set()
         self._site_of = {}
@@ -76,7 +78,7 @@ class AsymGQAModel(LoraModel):
         self._shape = shared_shape(peft_config, self._groups, site.shape, site.family, self.model)
         check_modules_to_save(peft_config, self._site_of)
         self._resolve_targets(peft_config)
-        warn_if_not_exportable(self.model, peft_config, self._groups, self._shape)
+        check_exportable(self.model, peft_config, self._groups, self._shape)
         return peft_config
 
     def _resolve_targets(self, peft_config: AsymGQAConfig) -> None:
@@ -122,38 +124,47 @@ class AsymGQAModel(LoraModel):
         return key in self._site_of or super()._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if current_key not in self._site_of:
-            super()._create_and_replace(
-                lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-            )
-            return
+        # An adapter goes where the base's weights are: of offloaded ones, where they are used.
+        with in_place(target.modules()):
+            if current_key in self._site_of:
+                self._share(lora_config, adapter_name, target, target_name, parent, current_key)
+            else:
+                super()._create_and_replace(
+                    lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+                )
+
+    def _share(self, lora_config, adapter_name, target, target_name, parent, current_key) -> None:
+        """Add shared heads, or a norm of them, in place of one of a site's modules."""
         site = self._site_of[current_key]
         layer = target if isinstance(target, SharedLayer) else site.wrapped(target_name)
         declared = lora_config.head_groups is not None
         layer.update_layer(adapter_name, self._groups.layers[site.layer], self._shape, declared)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-        if adapter_name not in self.active_adapters:
-            layer.set_requires_grad(adapter_name, False)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Inject an adapter as LoRA does, then write its first shared heads and (re-)install the hooks."""
         if kwargs.get("state_dict") is not None:
             _check_names_all_shared(model, kwargs["state_dict"])
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with unnoticed(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         # Again for every adapter: a later one may have wrapped q_proj or o_proj, and the hooks belong outside.
-        _remove_hooks(self.model)
+        self._install_hooks()
         for site in self.sites:
-            site.install_hooks()
             site.start(adapter_name)
-        # generate() may allocate a static cache before the first forward, and would ask the base's configuration.
-        self.model._get_static_cache_init_shape = _unknown_cache_shape
-        self.model.init_continuous_batching = _no_continuous_batching
         config = self.peft_config[adapter_name]
         if config.initialized is None:
             # Until a file that is loaded, or an initialisation, says otherwise.
             config.initialized = False
             self._newly_wrapped.add(adapter_name)
+
+    def _install_hooks(self) -> None:
+        _remove_hooks(self.model)
+        for site in self.sites:
+            site.install_hooks()
+        # generate() may allocate a static cache before the first forward, and would ask the base's configuration.
+        self.model._get_static_cache_init_shape = _unknown_cache_shape
+        self.model.init_continuous_batching = _no_continuous_batching
 
     def forward(self, *args, **kwargs):
         """The model's forward; training heads that wait for their initialisation is told once."""
@@ -165,6 +176,11 @@ class AsymGQAModel(LoraModel):
         for name in adapter_names:
             if name in self.peft_config:
                 self.peft_config[name].warn_if_uninitialized()
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """The layers that hold the attention modules, in order."""
+        return [self.model.get_submodule(site.layer_name) for site in self.sites]
 
     def head_groups(self, adapter_name: str) -> HeadGroups:
         """The groups of an adapter in all layers."""
@@ -179,6 +195,8 @@ class AsymGQAModel(LoraModel):
             site.layout(adapter_name).declared = False
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # The first that PEFT calls after its from_pretrained has dispatched an offloaded base anew.
+        bring_adapter_home(self.model)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
@@ -197,7 +215,8 @@ class AsymGQAModel(LoraModel):
             problems += [f"unknown: {key}" for key in unexpected_keys if key.startswith(root)]
             given = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
             own = self.state_dict(prefix=prefix, keep_vars=True)
-            problems += tensor_problems(given, own, self._declared_adapters(), self._embeddings(prefix))
+            embeddings, tokens = self._embeddings(prefix), own_tokens(self.model.config)
+            problems += tensor_problems(given, own, self._declared_adapters(), embeddings, tokens)
         turns = defaultdict(set)
         for at, layout in self._layouts(prefix):
             frequencies = state_dict.get(at + "frequencies")
@@ -302,7 +321,8 @@ class AsymGQAModel(LoraModel):
         """Merge one adapter and return a plain model: a stock class with a stock configuration.
 
         It is built beside the wrapped model, which needs memory for the merged projections, and takes its place in
-        one step at the end: after any error or an interrupt the model is as it was before.
+        one step at the end: after any error or an interrupt the model is as it was before. What accelerate offloads
+        is merged layer by layer where it is used, and stays offloaded, in main memory.
 
         Args:
             progressbar, safe_merge, adapter_names: as for LoRA.
@@ -313,8 +333,8 @@ class AsymGQAModel(LoraModel):
                 the configuration's `max_position_embeddings`.
 
         Raises:
-            ValueError: for several adapters, a quantised base, groups that no stock class holds, or memory that
-                certainly does not hold it; nothing has changed then.
+            ValueError: for several adapters, a quantised base, one that is offloaded to disk, groups that no stock
+                class holds, or memory that certainly does not hold it; nothing has changed then.
         """
         layout = {"duplicate_kv_heads": duplicate_kv_heads, "cached_tokens": cached_tokens}
         return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, **layout)
@@ -323,6 +343,11 @@ class AsymGQAModel(LoraModel):
         self, adapter_name: str, *, duplicate_kv_heads: bool = False, cached_tokens: int | None = None
     ) -> ExportPlan:
         """What `merge_and_unload` would make of an adapter; arguments and errors are the same, nothing is changed."""
+        if is_quantised(self.model):
+            raise ValueError(
+                f"The base is quantised ({type(self.model.hf_quantizer).__name__}) and cannot hold new K/V heads: "
+                "load the base in bf16, load the adapter onto it, and merge there."
+            )
         config, groups = self.peft_config[adapter_name], self.head_groups(adapter_name)
         heads = self.sites[0].layout(adapter_name).shape
         return plan_export(self.model, config, groups, heads, duplicate_kv_heads, cached_tokens)
@@ -331,25 +356,20 @@ class AsymGQAModel(LoraModel):
         self, merge=True, progressbar=False, safe_merge=False, adapter_names=None, **layout: bool | int | None
     ):
         if not merge:
-            self.unmerge_adapter()
-            _remove_hooks(self.model)
-            model = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
-            for site in self.sites:
-                site.restore_geometry()
-            return model
+            return self._unload(progressbar)
         name = self._adapter_to_merge(adapter_names)
         self._warn_if_uninitialized([name])
         if safe_merge:
             self._check_finite(name)
+        if is_on_disk(self.model):
+            raise ValueError(
+                "The base is offloaded to disk, and the plain model would need a place of its own: write it file by "
+                "file with asymgqa_peft.hub.save_merged(model, tokenizer, folder), which merges as it writes."
+            )
         plan = self.plan_export(name, **layout)  # may refuse: nothing has changed yet
         self._check_memory_to_merge(plan)
         _warn_of_hooks(self.model)
-        self.unmerge_adapter()
-        readers = [site.reader(name) for site in self.sites]
-        twin = self._twin()
-        _remove_hooks(twin.model)
-        unloaded = LoraModel._unload_and_optionally_merge(twin, True, progressbar, safe_merge, [name])
-        plain = export_plain_model(unloaded, plan, readers)
+        plain = plain_model(self._merged_weights(name, plan, safe_merge), progressbar)
         # One step, before which nothing has changed. As after PEFT's merge, whoever holds the base has the merged one.
         vars(self.model).update(_modules=plain._modules, config=plain.config)
         # What held the old layers lets go of them.
@@ -358,29 +378,66 @@ class AsymGQAModel(LoraModel):
 
     def _check_memory_to_merge(self, plan: ExportPlan) -> None:
         devices = {parameter.device for parameter in self.parameters()}
-        if len(devices) == 1 and "meta" not in {device.type for device in devices}:
-            shape = head_shape(plan.plain.config)
-            plain = shape.num_attention_heads, shape.base_kv_heads, shape.head_dim
-            copied = sum(parameter.numel() for parameter in self._merged_parameters())
-            needed = merge_bytes(Sizes.of(self.model), *plain, copied=copied)
-            remedies = "merge in main memory (move the model there with .to('cpu')), or where there is more of it"
-            if reason := lack_of_memory("The merge", needed, *devices, remedies):
-                raise ValueError(reason)
-
-    def _twin(self) -> AsymGQAModel:
-        """A copy to be merged: it has its own weights where a merge changes them, and shares all others."""
-        memo = {}
-        for tensor in (*self.parameters(), *self.buffers()):
-            memo[id(tensor)] = tensor
-        for parameter in self._merged_parameters():
-            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-        return copy.deepcopy(self, memo)
-
-    def _merged_parameters(self) -> Iterator[nn.Parameter]:
-        """What a merge adds LoRA to."""
+        if len(devices) > 1 or "meta" in {device.type for device in devices}:
+            # Spread or offloaded: no one place has to hold it.
+            return
+        copied = 0
         for module in self.model.modules():
             if isinstance(module, BaseTunerLayer) and not isinstance(module, SharedLayer):
-                yield from module.get_base_layer().parameters()
+                copied += sum(parameter.numel() for parameter in module.get_base_layer().parameters())
+        shape = head_shape(plan.plain.config)
+        plain = shape.num_attention_heads, shape.base_kv_heads, shape.head_dim
+        needed = merge_bytes(Sizes.of(self.model), *plain, copied=copied)
+        remedies = (
+            "merge in main memory (move the model there with .to('cpu')), or write the plain model as it is merged, "
+            "with asymgqa_peft.hub.save_merged(model, tokenizer, folder)"
+        )
+        if reason := lack_of_memory("The merge", needed, *devices, remedies):
+            raise ValueError(reason)
+
+    def _unload(self, progressbar: bool) -> PreTrainedModel:
+        """The base without the adapter; after an error or an interrupt, the model as it was."""
+        self.unmerge_adapter()
+        children = [(module, dict(module._modules)) for module in self.model.modules()]
+        try:
+            # PEFT puts the base's modules back one by one.
+            with unnoticed(self.model):
+                super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+            _remove_hooks(self.model)
+            for site in self.sites:
+                site.restore_geometry()
+            return self.model
+        except BaseException:
+            for module, wrapped in children:
+                module._modules.update(wrapped)
+            self.model.peft_config = self.peft_config
+            self._install_hooks()
+            raise
+
+    def plain_model_to_save(self, adapter_name: str, **layout: bool | int | None) -> PreTrainedModel:
+        """What `merge_and_unload` would return, without weights: its `save_pretrained` merges as it writes.
+
+        A decoder layer at a time, so that the plain model is never held whole, and nothing of this one changes.
+        Arguments and errors are those of `plan_export`.
+        """
+        name = self._adapter_to_merge([adapter_name])
+        self._warn_if_uninitialized([name])
+        plan = self.plan_export(name, **layout)
+        _warn_of_hooks(self.model)
+        return plain_model_to_save(self._merged_weights(name, plan, safe_merge=False))
+
+    def _merged_weights(self, adapter_name: str, plan: ExportPlan, safe_merge: bool) -> MergedWeights:
+        self.unmerge_adapter()
+
+        def unloaded(part: nn.Module) -> nn.Module:
+            # PEFT's own merge, which works on whatever a tuner holds.
+            twin = copy.copy(self)
+            twin._modules = {"model": part}
+            _remove_hooks(part)
+            return LoraModel._unload_and_optionally_merge(twin, True, False, safe_merge, [adapter_name])
+
+        readers = [site.reader(adapter_name) for site in self.sites]
+        return MergedWeights(self.model, self.sites, plan, readers, unloaded)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge one adapter into the base's weights, in the base's own shape; `unmerge_adapter` takes it back.

@@ -94,13 +94,8 @@ def plan_export(
     ``model`` is the base, wrapped or not; ``duplicate_kv_heads`` and ``cached_tokens`` are as for `merge_and_unload`.
 
     Raises:
-        ValueError: for a quantised base, or where no stock class can hold the groups; with the remedy.
+        ValueError: where no stock class can hold the groups; with the remedy.
     """
-    if is_quantised(model):
-        raise ValueError(
-            f"The base is quantised ({type(model.hf_quantizer).__name__}) and cannot hold new K/V heads: load the "
-            "base in bf16, load the adapter onto it, and merge there."
-        )
     if cached_tokens is None:
         cached_tokens = model.config.max_position_embeddings
     if cached_tokens < 0:
@@ -223,9 +218,11 @@ class _Planner:
         duplicated = self.duplicated(cached_tokens)
         try:
             once = self.stored_once()
-        except ValueError:
-            if not (duplicate_kv_heads and duplicated):
+        except ValueError as error:
+            if duplicated is None:
                 raise
+            if not duplicate_kv_heads:
+                raise ValueError(f"{error} Or store K/V heads more than once: duplicate_kv_heads=True.") from error
             return duplicated, None
         if duplicated is None:
             return once, None
@@ -337,8 +334,7 @@ class _Planner:
         raise ValueError(
             f"No {type(self.base.config).__name__} holds {self.groups.num_key_value_heads} groups of up to "
             f"{self.largest} query heads each. The last one tried says: {reason} "
-            "The adapter is unchanged and stays usable; for a plain checkpoint train one with equal groups "
-            "(grouping='symmetric') or another num_key_value_heads."
+            "Take equal groups (grouping='symmetric') or another num_key_value_heads."
         ) from refusal
 
 

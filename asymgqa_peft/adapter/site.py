@@ -29,6 +29,7 @@ from .layer import (
     base_weight,
     write_geometry,
 )
+from .offload import in_place
 from .slots import HeadLayout
 
 FITS = ("query_scale", "query_gain", "query_mix", "value_mix")
@@ -51,6 +52,11 @@ class AttentionSite:
     attention: nn.Module
     family: Family
     shape: HeadShape
+
+    @property
+    def layer_name(self) -> str:
+        """Name of the decoder layer that the attention is in."""
+        return self.name.rpartition(".")[0]
 
     # ---- its modules ----
 
@@ -218,10 +224,12 @@ class AttentionSite:
 
     def start(self, adapter_name: str) -> None:
         """Write the shared heads that need no data, unless the adapter is on the meta device, to be loaded."""
-        if self.key.lora_kv[adapter_name].weight.is_meta or base_layer(self.key).weight.is_meta:
+        if self.key.lora_kv[adapter_name].weight.is_meta:
             return
         layout = self.layout(adapter_name)
-        self.write(adapter_name, mean_heads(self.weights(), layout.partition, layout.shape))
+        with in_place(self.attention.modules()):
+            if not base_layer(self.key).weight.is_meta:
+                self.write(adapter_name, mean_heads(self.weights(), layout.partition, layout.shape))
 
     def reader(self, adapter_name: str) -> Callable[[], SharedHeads]:
         """What reads the adapter's shared heads, also once its layers have left the model.

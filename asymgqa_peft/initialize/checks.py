@@ -10,8 +10,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..adapter.checks import check_search_exportable
 from ..adapter.model import AsymGQAModel
-from ..adapter.site import base_layer
+from ..adapter.offload import device_of, weights_without_a_place
 from ..estimates import Sizes, free_memory, initialization_need
 from ..heads import AttentionWeights
 from ..method.statistics import sum_over_ranks
@@ -34,14 +35,18 @@ def checked_model(model: PeftModel, adapter_name: str | None) -> tuple[AsymGQAMo
         )
     if any(layer.disable_adapters for layer in layers):
         raise ValueError("the adapter is disabled: leave disable_adapter() first.")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("some weights are on the meta device (offloaded or not loaded): place them on real devices.")
+    if weights_without_a_place(model):
+        raise ValueError("some weights are on the meta device and were never loaded: place them on real devices.")
+    config = tuner.peft_config[adapter_name]
+    if config.grouping == "asymmetric":
+        groups, heads = tuner.head_groups(adapter_name), tuner.sites[0].layout(adapter_name).shape
+        check_search_exportable(tuner.model, config, groups, heads)
     return tuner, adapter_name
 
 
 def check_memory(model: PeftModel, tuner: AsymGQAModel, adapter_name: str, batches: list[dict[str, Tensor]]) -> None:
     """Raise ValueError, on all ranks alike, if the initialisation certainly does not fit; warn where it may not."""
-    device = base_layer(tuner.sites[0].output).weight.device
+    device = device_of(tuner.sites[0].attention)
     sizes = [batch["input_ids"].numel() for batch in batches]
     need = initialization_need(
         Sizes.of(tuner.model, tuner.sites[0].layout(adapter_name).shape.head_dim),

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..adapter.offload import device_of, in_place
 from ..estimates import free_memory, streams_on_gpu
 
 
@@ -44,13 +45,14 @@ class Streams:
                 if not self.original:
                     tokens = sum(batch["input_ids"].numel() for batch in self.batches)
                     self.storage = _storage_of_streams(hidden, tokens)
-                self.original.append(hidden.to(self.storage))
+                self.original.append(self.stored(hidden))
             # The last layer's arguments are kept: nothing more is wanted of this forward.
             if index == len(layers) - 1:
                 raise Stop
 
-        device = model.get_input_embeddings().weight.device
-        with hooks_removed(layers), _passing_by(layers):
+        embeddings = model.get_input_embeddings()
+        device = device_of(embeddings)
+        with in_place([embeddings]), hooks_removed(layers), _passing_by(layers):
             for index, layer in enumerate(layers):
                 layer.register_forward_pre_hook(partial(keep, index), with_kwargs=True)
             for batch in self.batches:
@@ -62,15 +64,22 @@ class Streams:
                 raise ValueError("the model's forward does not run all of its attention layers: it is not supported.")
         self.current = list(self.original)
 
+    def stored(self, hidden: Tensor) -> Tensor:
+        """Hidden states where they lie between layers."""
+        if hidden.is_cuda and self.storage.type == "cpu":
+            # A GPU copies to and from pinned memory several times as fast.
+            return torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True).copy_(hidden)
+        return hidden.to(self.storage)
+
     def run_layer(
         self, layer: nn.Module, index: int, stream: list[Tensor]
     ) -> Iterator[tuple[int, Callable[[], Tensor]]]:
         """For each batch, a call that runs the layer on the stream's hidden states."""
-        device = next(layer.parameters()).device
+        device = device_of(layer)
 
         def call(batch: int) -> Tensor:
             args, kwargs = self.calls[index][batch]
-            output = layer(stream[batch].to(device), *args, **kwargs)
+            output = layer(stream[batch].to(device, non_blocking=True), *args, **kwargs)
             return output[0] if isinstance(output, tuple) else output
 
         for batch in range(len(stream)):

@@ -6,9 +6,9 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 
 from ..adapter.checks import largest_group
 from ..adapter.model import AsymGQAModel
+from ..adapter.offload import in_place
 from ..adapter.site import AttentionSite, base_layer
 from ..groups import split_evenly
-from ..heads import AttentionWeights, SharedShape
+from ..heads import AttentionWeights, SharedHeads, SharedShape
 from ..method.costs import group_costs, head_similarity, pair_costs
 from ..method.frequencies import next_eigenvalues, widened_frequencies
 from ..method.merge import merge_layer, merge_notes
@@ -30,12 +31,38 @@ from ..method.norms import divisor_spread
 from ..method.refit import OutputRefit
 from ..method.search import SearchResult, search_partition
 from ..method.statistics import LayerMoments, LayerStatistics, sum_over_ranks
+from ..method.threads import use_threads
 from .checks import check_finite
 from .report import InitializationReport
 from .streams import Stop, Streams, hooks_removed, recording
 
+SEARCHES = 2
+"""Layers whose groups are searched at a time beside a GPU: one alone leaves cores idle between its rounds."""
+
 NEGLIGIBLE_SPREAD = 1e-3
 """Relative difference of divisors that needs no note."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a layer's statistics lead to: groups, how alike heads are before and after, (K, K) each, shared heads."""
+
+    found: SearchResult
+    similarity: tuple[Tensor, Tensor]
+    heads: SharedHeads
+
+
+@dataclass(frozen=True)
+class Study:
+    """A layer whose statistics are taken: its weights, and the choice that is being made."""
+
+    weights: AttentionWeights
+    choice: Future[Choice]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the layer runs on a GPU, which leaves the CPU to the searches."""
+        return self.weights.output.is_cuda
 
 
 class Walk:
@@ -48,7 +75,7 @@ class Walk:
         self.shape = self.sites[0].shape
         self.shared_shape = self.sites[0].layout(adapter_name).shape
         self.cap = largest_group(self.config, self.shape)
-        self.layers = [tuner.model.get_submodule(site.name.rpartition(".")[0]) for site in self.sites]
+        self.layers = tuner.decoder_layers
         self.seconds: dict[str, float] = defaultdict(float)
         self.search_seconds = 0.0
         self.notes: dict[str, list[int]] = defaultdict(list)
@@ -81,23 +108,21 @@ class Walk:
             torch.cuda.reset_peak_memory_stats()
         with self._timed("capture"), self.model.disable_adapter():
             self.streams.capture(self.tuner.model, self.layers)
-        # All LoRA starts anew: what an earlier call or training left would be added to the refit.
-        for layer in self.model.modules():
-            if isinstance(layer, LoraLayer) and self.adapter in layer.lora_B and _plain_start(self.config):
-                _write_lora(layer, self.adapter, None)
+        self._restart_lora()
         self._choose_frequencies()
         costs, neighbour_costs, before, after = [], [], [], []
         bar = tqdm(self.sites, desc="initialising layers", unit="layer", disable=not progress or _rank() != 0)
-        for site in bar:
-            try:
-                found, similarity = self._convert(site)
-            except ValueError as error:
-                raise ValueError(f"layer {site.layer}: {error}") from error
-            costs.append(found.cost)
-            neighbour_costs.append(found.neighbour_cost)
-            before.append(similarity[0].tolist())
-            after.append(similarity[1].tolist())
-            bar.set_postfix(cost=f"{found.cost:.4f}", neighbour=f"{found.neighbour_cost:.4f}")
+        with ThreadPoolExecutor(SEARCHES, initializer=use_threads, initargs=(torch.get_num_threads(),)) as beside:
+            study = None
+            for site in bar:
+                # A layer that is offloaded is loaded for its whole turn, not for each batch.
+                with in_place(self.layers[site.layer].modules()):
+                    study, found, similarity = self._convert(site, study or self._study(site, beside), beside)
+                costs.append(found.cost)
+                neighbour_costs.append(found.neighbour_cost)
+                before.append(similarity[0].tolist())
+                after.append(similarity[1].tolist())
+                bar.set_postfix(cost=f"{found.cost:.4f}", neighbour=f"{found.neighbour_cost:.4f}")
         self.tuner.record_head_groups(self.adapter)
         self.config.initialized = True
         return InitializationReport(
@@ -115,6 +140,20 @@ class Walk:
             peak_memory=peak_memory(),
             notes=[f"layers {_ranges(layers)}: {note}" for note, layers in self.notes.items()] + self._norm_notes(),
         )
+
+    def _restart_lora(self) -> None:
+        """All LoRA starts anew: what an earlier call or training left would be added to the refit.
+
+        It changes nothing then, so only that of output projections, which the refit writes, runs in this walk.
+        """
+        if not _plain_start(self.config):
+            return
+        outputs = [site.output for site in self.sites]
+        for layer in self.model.modules():
+            if isinstance(layer, LoraLayer) and self.adapter in layer.lora_B:
+                _write_lora(layer, self.adapter, None)
+                if layer not in outputs:
+                    layer.set_adapter([])
 
     def _norm_notes(self) -> list[str]:
         """What the norms of shared heads do otherwise than those of the base's heads, in a sentence."""
@@ -142,59 +181,76 @@ class Walk:
         start, energies = list(streams.original), []
         with self._timed("frequencies"):
             for site in self.sites:
-                moments = self._moments(site, site.weights())
-                found, _ = self._search(moments, site.layer)
-                energies.append(next_eigenvalues(moments, found.partition, self.shared_shape))
-                with self.model.disable_adapter():
-                    self._advance(site.layer, streams.original)
+                with in_place(self.layers[site.layer].modules()):
+                    moments = self._moments(site, site.weights())
+                    found, _ = self._search(moments, site.layer)
+                    energies.append(next_eigenvalues(moments, found.partition, self.shared_shape))
+                    with self.model.disable_adapter():
+                        self._advance(site.layer, streams.original)
         streams.original = start
         frequencies = widened_frequencies(energies, self.shared_shape, len(wanted.frequencies))
         self.shared_shape = replace(wanted, frequencies=frequencies)
 
-    def _convert(self, site: AttentionSite) -> tuple[SearchResult, tuple[Tensor, Tensor]]:
-        """Group, merge and refit one layer; what `_search` found."""
-        weights = site.weights()
-        check_finite(weights)
-        with self._timed("statistics"):
-            moments = self._moments(site, weights)
-        (found, similarity), targets = self._groups_and_targets(site, moments, on_gpu=weights.output.is_cuda)
-        with self._timed("merge"):
-            site.write(
-                self.adapter, merge_layer(moments, weights, found.partition, self.shared_shape, self.config.merge)
-            )
-            for note in merge_notes(site.shape, self.config.merge):
-                self.notes[note].append(site.layer)
-            if site.shape.norm_span is not None and self.config.merge != "mean":
-                self.divisor_spreads.append(self._divisor_spreads(site))
-        del moments
-        with self._timed("refit"):
-            self._refit(site, weights.output, targets)
-        return found, similarity
-
-    def _groups_and_targets(
-        self, site: AttentionSite, moments: LayerMoments, on_gpu: bool
-    ) -> tuple[tuple[SearchResult, tuple[Tensor, Tensor]], list[Tensor]]:
-        """What `_search` finds, and the refit's targets; a GPU computes those and their streams in the meantime."""
-        index, streams = site.layer, self.streams
-        with ThreadPoolExecutor(1) as beside:
-            searching = beside.submit(self._search, moments, index)
-            if not on_gpu:
+    def _study(self, site: AttentionSite, beside: Executor) -> Study:
+        """Take a layer's statistics; what follows from them alone is found on the CPU, `beside` what a GPU does."""
+        with _naming(site), in_place(self.layers[site.layer].modules()):
+            weights = site.weights()
+            check_finite(weights)
+            with self._timed("statistics"):
+                moments = self._moments(site, weights)
+            study = Study(weights, beside.submit(self._choose, site, moments, weights))
+            if not study.on_gpu:
                 # The streams would need the same cores.
                 with self._timed("search"):
-                    wait([searching])
+                    wait([study.choice])
+        return study
+
+    def _choose(self, site: AttentionSite, moments: LayerMoments, weights: AttentionWeights) -> Choice:
+        """Groups and shared heads of one layer; on a stream of its own, where waiting stops no other work."""
+        stream = nullcontext()
+        if weights.output.is_cuda:
+            stream = torch.cuda.stream(torch.cuda.Stream(weights.output.device))
+        with torch.no_grad(), stream:
+            found, similarity = self._search(moments, site.layer)
+            heads = merge_layer(moments, weights, found.partition, self.shared_shape, self.config.merge)
+            if weights.output.is_cuda:
+                torch.cuda.current_stream().synchronize()
+        return Choice(found, similarity, heads)
+
+    def _convert(
+        self, site: AttentionSite, study: Study, beside: Executor
+    ) -> tuple[Study | None, SearchResult, tuple[Tensor, Tensor]]:
+        """Write and refit one layer's shared heads; the next layer's study if it has begun, and what `_search` found.
+
+        A GPU advances both streams and takes the next layer's statistics while this layer's groups are searched.
+        """
+        index, streams, following = site.layer, self.streams, None
+        with _naming(site):
             if index:
                 with self._timed("converted stream"):
                     self._advance(index - 1, streams.current)
                     del streams.calls[index - 1]
             with self._timed("targets"):
                 targets = self._targets(site)
+            if study.on_gpu and site is not self.sites[-1]:
+                following = self._study(self.sites[index + 1], beside)
             with self._timed("search"):
-                return searching.result(), targets
+                choice = study.choice.result()
+            with self._timed("merge"):
+                site.write(self.adapter, choice.heads)
+                for note in merge_notes(site.shape, self.config.merge):
+                    self.notes[note].append(index)
+                if site.shape.norm_span is not None and self.config.merge != "mean":
+                    self.divisor_spreads.append(self._divisor_spreads(site))
+            with self._timed("refit"):
+                self._refit(site, study.weights.output, targets)
+        return following, choice.found, choice.similarity
 
     def _advance(self, index: int, stream: list[Tensor]) -> None:
         """Advance a stream by one layer."""
-        for batch, call in self.streams.run_layer(self.layers[index], index, stream):
-            stream[batch] = call().to(self.streams.storage)
+        with in_place(self.layers[index].modules()):
+            for batch, call in self.streams.run_layer(self.layers[index], index, stream):
+                stream[batch] = self.streams.stored(call())
 
     def _moments(self, site: AttentionSite, weights: AttentionWeights) -> LayerMoments:
         """The layer's statistics on the original stream, on the CPU; projections run, attention and MLP do not."""
@@ -218,7 +274,7 @@ class Walk:
         for adapter in (None, self.adapter):
             beside = self.model.disable_adapter() if adapter is None else nullcontext()
             with beside, recording(sources, stops=True) as record:
-                for _, call in self.streams.run_layer(self.layers[site.layer], site.layer, self.streams.original):
+                for _, call in self.streams.run_layer(self.layers[site.layer], site.layer, self.streams.current):
                     with suppress(Stop):
                         call()
                     break
@@ -240,15 +296,14 @@ class Walk:
         streams, bias, targets = self.streams, base_layer(site.output).bias, []
         with self.model.disable_adapter(), recording({"output": site.output}) as record:
             for batch, call in streams.run_layer(self.layers[site.layer], site.layer, streams.original):
-                entering, streams.original[batch] = streams.original[batch], call().to(streams.storage)
+                entering, streams.original[batch] = streams.original[batch], streams.stored(call())
                 target = record["output"]
                 if bias is not None:
                     target = target - bias
-                target = target.to(streams.storage)
                 if site.family.plain_residual:
                     # o_proj's output is added to the stream, so the refit can make up for what earlier layers lost.
-                    target = target + (entering - streams.current[batch])
-                targets.append(target)
+                    target = target + (entering.to(target.device) - streams.current[batch].to(target.device))
+                targets.append(streams.stored(target))
         return targets
 
     def _search(self, moments: LayerMoments, index: int) -> tuple[SearchResult, tuple[Tensor, Tensor]]:
@@ -341,6 +396,17 @@ class Walk:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[stage] += time.perf_counter() - start
+
+
+@contextmanager
+def _naming(site: AttentionSite) -> Iterator[None]:
+    """Name the layer in a ValueError that does not name one."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("layer "):
+            raise
+        raise ValueError(f"layer {site.layer}: {error}") from error
 
 
 def peak_memory() -> int:

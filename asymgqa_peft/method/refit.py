@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .linalg import outer_sum
 from .statistics import sum_over_ranks, tokens_that_count
+from .threads import one_thread
 
 DAMPING = 1e-3
 """Ridge strength, relative to the mean diagonal of the inputs' Gram (1e-4 to 1e-2 gave perplexities within 0.3 %)."""
@@ -84,7 +85,7 @@ class OutputRefit:
         lora_a, lora_b = basis.T @ change, basis
         # Both factors become equally large, so that neither trains faster than the other. A change of nothing stays
         # unbalanced: both factors would be zero, and no gradient could leave it.
-        balance = (torch.maximum(lora_a.norm(), 1e-6 * self.weight.norm()) / lora_b.norm()).sqrt()
+        balance = (lora_a.norm().clamp_min(1e-6 * self.weight.norm()) / lora_b.norm()).sqrt()
         share = abs(scaling) ** 0.5
         lora_a, lora_b = lora_a / (balance * share), lora_b * balance / share
         if scaling < 0:
@@ -130,13 +131,16 @@ def _top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     By subspace iteration where that is far cheaper (E 4096, rank 32: seconds instead of half a minute). Whatever it
     leaves of the optimum, projecting on orthonormal vectors cannot raise the refit's objective.
     """
-    symmetric = (matrix + matrix.mT) / 2
+    symmetric = matrix + matrix.mT  # twice the matrix, up to rounding: the same eigenvectors
     size = 2 * rank + _SPARE_VECTORS
     if size * 4 > len(symmetric):
-        return torch.linalg.eigh(symmetric)[1][:, -rank:]
+        with one_thread():
+            return torch.linalg.eigh(symmetric)[1][:, -rank:]
     # Drawn on the CPU, so that every device starts alike.
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(len(symmetric), size, generator=generator, dtype=torch.float64).to(symmetric)
     for _ in range(_STEPS):
-        basis = torch.linalg.qr(symmetric @ basis)[0]
+        product = symmetric @ basis
+        with one_thread():
+            basis = torch.linalg.qr(product)[0]
     return basis @ torch.linalg.eigh(basis.T @ symmetric @ basis)[1][:, -rank:]

@@ -45,7 +45,7 @@ from asymgqa_peft.estimates import (
     recovery_need,
 )
 from recipes.benchmarks import shapes
-from recipes.benchmarks.trainer import placeholder_tokenizer
+from recipes.benchmarks.recovery_speed import placeholder_tokenizer
 from recipes.reporting import print_report
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -18,6 +18,14 @@ SHAPES = {
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
     },
+    "llama-2-70b": {
+        "vocab_size": 32000,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
     "llama-3.1-8b": {
         "vocab_size": 128256,
         "hidden_size": 4096,

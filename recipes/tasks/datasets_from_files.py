@@ -10,6 +10,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 
 LETTERS = "ABCD"
+ARC_SPLITS = ("train", "validation")
 
 
 def load_text(text_file: str, **_: object) -> DatasetDict:
@@ -33,6 +34,30 @@ def load_mmlu(mmlu_zip: str, subjects: str | None = None, shots: int | str = 5, 
         for subject in wanted:
             rows += _questions(archive, subject, int(shots))
         return DatasetDict(test=Dataset.from_list(rows))
+
+
+def load_arc(subset: str, arc_folder: str, splits: str = "validation", **_: object) -> DatasetDict:
+    """ARC's questions of four columns of choices; those whose answer is in none of them are left out.
+
+    Args:
+        subset: "easy" or "challenge".
+        arc_folder: folder with arc_easy_train.csv, arc_easy_validation.csv and the like: question, four choices of
+            which some may be empty, the answer's letter.
+        splits: "train", "validation" or both with a comma between.
+    """
+    rows = []
+    for split in splits.split(","):
+        if split not in ARC_SPLITS:
+            raise ValueError(f"splits={splits!r}: {split!r} is none of {', '.join(ARC_SPLITS)}.")
+        with Path(arc_folder, f"arc_{subset}_{split}.csv").open(encoding="utf-8", newline="") as file:
+            for question, *columns, letter in csv.reader(file):
+                # Such files have lost a fifth choice, and all choices of questions with numbers for letters.
+                column = LETTERS.find(letter)
+                if column >= 0 and columns[column]:
+                    choices = [choice for choice in columns if choice]
+                    empty = columns[:column].count("")
+                    rows.append({"question": question, "choices": choices, "answer": column - empty})
+    return DatasetDict(test=Dataset.from_list(rows))
 
 
 def _subjects(archive: zipfile.ZipFile) -> list[str]:

