@@ -203,7 +203,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=RECIPES / "tiny_model", help="folder of an MHA checkpoint")
     parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="folder for everything written")
     parser.add_argument("--kv-heads", type=int, help="G, shared K/V heads; default: a quarter of the base's")
-    parser.add_argument("--steps", type=int, default=24, help="recovery steps per arm")
+    parser.add_argument("--steps", type=int, default=32, help="recovery steps per arm")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences per step")
     parser.add_argument("--train-length", type=int, default=256, help="tokens per sequence of the recovery")
     parser.add_argument("--block-size", type=int, default=512, help="tokens per sequence of calibration and measuring")

@@ -615,6 +615,13 @@ def test_without_lora_unmerging_restores_the_base_bit_for_bit(base, family):
         assert torch.equal(logits(model), reference)
 
 
+def test_merging_one_model_in_place_leaves_another(wrapped, family):
+    other = wrap(BASES[family](), GROUPS[family], seed=2)
+    before = logits(other)
+    wrapped.merge_adapter()
+    assert torch.equal(logits(other), before)
+
+
 def test_disabling_a_merged_adapter_unmerges_all_of_it(pair, base):
     model, alone = pair
     model.merge_adapter(["other"])

@@ -377,20 +377,19 @@ def test_planted_groups_of_heads_of_twice_the_width_are_found(sizes, symmetric):
 
 
 def test_pairs_that_only_rank_are_calibrated():
-    """In any unit: the exact costs set the scale of groups of two as well, here to zero."""
+    """In any unit: the exact costs set the scale of every size, that of groups of two here to zero."""
     costs = HiddenSubspaces((3, 4, 5), 3, noise=1.0, width=6)
-    results = {
-        search_partition(costs, 12, 3, 6, False, 0, unit * costs.pairs(), exact_pairs=False)
-        for unit in (1.0, 4.0, 1024.0)
-    }
-    assert len(results) == 1
+    uneven = HiddenSubspaces((1, 3, 8), 3, noise=0.02, width=6)
+    for each, cap in ((costs, 6), (uneven, 8)):
+        results = set()
+        for unit in (1.0, 4.0, 1024.0, 1 / 1024):
+            results.add(search_partition(each, 12, 3, cap, False, 0, unit * each.pairs(), exact_pairs=False))
+        assert len(results) == 1
+    # Without a scale for every size the large group of the last ones looks too costly.
+    assert results.pop().cost <= 1.001 * sum(map(uneven.cost, uneven.planted))
     surrogate = PairSurrogate(costs.pairs(), 12)
     surrogate.calibrate(ExactCosts(costs, 1000), range(2, 7), 2, random.Random(0))
     assert surrogate([(0, 1)]) == [0.0] and surrogate([(0, 1, 2)])[0] > 0
-    # Without a scale for every size a large group looks too costly.
-    uneven = HiddenSubspaces((1, 3, 8), 3, noise=0.02, width=6)
-    result = search_partition(uneven, 12, 3, 8, False, 0, uneven.pairs(), exact_pairs=False)
-    assert result.cost <= 1.001 * sum(map(uneven.cost, uneven.planted))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -104,13 +104,8 @@ class SharedLayer(nn.Module, BaseTunerLayer):
         return self.shows_heads and self.shape.norm_span is None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Mark the adapter as merged: its heads go into the base's weights by `AsymGQAModel.merge_adapter`."""
-        names = check_adapters_to_merge(self, adapter_names)
-        if len(names) + len(self.merged_adapters) > 1:
-            raise ValueError(f"Adapters {self.merged_adapters + names} cannot be merged together: merge one.")
-        if safe_merge and names and not all(p.isfinite().all() for p in self.adapters()[names[0]].parameters()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken.")
-        self.merged_adapters += names
+        """Mark the adapter as merged: `AsymGQAModel.merge_adapter` has checked it and writes its heads."""
+        self.merged_adapters += check_adapters_to_merge(self, adapter_names)
 
     def unmerge(self) -> None:
         """Take back `merge`, for `AsymGQAModel.unmerge_adapter`, which restores the weights."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..adapter.checks import check_search_exportable
 from ..adapter.model import AsymGQAModel
-from ..adapter.offload import device_of, weights_without_a_place
+from ..adapter.offload import is_offloaded, weights_without_a_place
+from ..adapter.site import base_layer
 from ..estimates import Sizes, free_memory, initialization_need
 from ..heads import AttentionWeights
 from ..method.statistics import sum_over_ranks
@@ -46,7 +47,10 @@ def checked_model(model: PeftModel, adapter_name: str | None) -> tuple[AsymGQAMo
 
 def check_memory(model: PeftModel, tuner: AsymGQAModel, adapter_name: str, batches: list[dict[str, Tensor]]) -> None:
     """Raise ValueError, on all ranks alike, if the initialisation certainly does not fit; warn where it may not."""
-    device = device_of(tuner.sites[0].attention)
+    if is_offloaded(tuner.model):
+        # Its weights come and go, which is not estimated.
+        return
+    device = base_layer(tuner.sites[0].output).weight.device
     sizes = [batch["input_ids"].numel() for batch in batches]
     need = initialization_need(
         Sizes.of(tuner.model, tuner.sites[0].layout(adapter_name).shape.head_dim),
