@@ -44,8 +44,9 @@ def described(found: Plan) -> str:
     lines += [
         "What an engine needs besides: recipes/ENGINES.md.",
         f"Memory and hours are estimates for one {card}. Memory is of the fullest moment, main memory without what "
-        "Python and PyTorch take; the merge is counted on the CPU. Hours are the rates of one H200 on models of 1 B "
-        "(recovery) and 7 B (initialisation), scaled by published bf16 ceilings; much smaller models reach less. "
+        "Python and PyTorch take and with a merge there (recipes write it layer by layer, in less). Hours are the "
+        "rates of one H200 on models of 1 B (recovery) and 7 B (initialisation), scaled by published bf16 ceilings; "
+        "much smaller models reach less. "
         f"{CALIBRATION_TOKENS:,} tokens of initialisation, {RECOVERY_TOKENS:,} of recovery: the time grows with them.",
         '"4-bit": fits over a 4-bit base, whose speed was not measured; "-": does not fit.',
         "Groups of up to N heads are counted as the most unequal ones. Quality on this model is unknown before you "

@@ -219,13 +219,14 @@ def initialization_need(
 
     The moments of a layer that may be the fullest, as `asymgqa_peft.initialize.walk` comes to them:
 
+    - converted stream: beside two streams the attention's output, with its LoRA's float32 path.
     - targets: two streams of hidden states and the targets, and the activations of one MLP or attention.
     - refit, first batch: those three, the sums, and the products and attention outputs that are added to them.
     - refit, solved twice: of (H D, H D) the inputs' sums and their ridge's Cholesky factor, each before and with the
       value mix (4), of (E, H D) weight, sums, residual, change and the solver's copies (7); or, while eigenvectors are
       sought, two, five, and three of (E, E).
-    - the roots and weighted covariance of the values: eight of (K D, K D), on a GPU beside the targets of the layer
-      before.
+    - without a refit, the roots and weighted covariance of the values: eight of (K D, K D). A GPU computes those of
+      the next layer beside the targets, and main memory holds two layers' moments, which are being searched.
     """
     item, hidden, queries, on_cpu = sizes.itemsize, sizes.hidden, sizes.queries, gpu_free is None
     streams = 3 * tokens * hidden * item
@@ -235,16 +236,18 @@ def initialization_need(
     product = SINGLE if item == 2 else EXACT
     cast = product if on_cpu or item > 2 else 0
     widest = sizes.mlp // sizes.readers
-    forward = item * (max(sizes.mlp + widest, 6 * queries) + 4 * hidden)
+    # LoRA's input and its output, before and after its scaling and added up, in float32.
+    lora = item * (4 * queries + 3 * hidden) + SINGLE * (queries + 3 * hidden)
+    forward = item * (max(sizes.mlp + widest, 6 * queries) + 3 * hidden)
     inputs, outputs, square = EXACT * queries**2, EXACT * hidden * queries, EXACT * hidden**2
     values = EXACT * sizes.keys**2
     # In float64, and in float32 for the search.
     moments = values + values // 2
-    moments_of_layer = [3 * stream + batch * forward, 2 * stream + 8 * values]
+    moments_of_layer = [2 * stream + batch * lora, 3 * stream + batch * forward, 2 * stream + 8 * values]
     if not on_cpu:
         # Of two layers that are merged in the meantime: K or V of the base, its shared heads, what lies between.
         merged = 2 * 3 * EXACT * sizes.keys * hidden
-        moments_of_layer = [3 * stream + merged + max(batch * forward, 8 * values)]
+        moments_of_layer.append(3 * stream + merged + max(batch * forward, 8 * values))
     if refits:
         attention = item * 6 * queries + cast * (hidden + queries)
         sums = inputs + 2 * outputs + product * (queries + hidden) * queries
@@ -254,7 +257,6 @@ def initialization_need(
         ]
     main = SINGLE * trained
     if not on_cpu:
-        # Of two layers at a time, whose groups are searched.
         main += 2 * moments
     if not lie_here:
         main += streams
@@ -342,13 +344,13 @@ def merge_bytes(sizes: Sizes, slots: int, kv_heads: int, head_dim: int, copied: 
         head_dim: W.
         copied: numbers in the linear layers that have a LoRA; None: in all but K and V.
 
-    These layers are copied before LoRA is added to them; then attention projections give way, layer by layer, to
-    those of the plain model, whose queries, keys and values are computed in float64.
+    The plain model has these layers of its own, its attention projections, whose queries, keys and values are computed
+    in float64 a layer at a time, and shares all else with the base.
     """
     hidden, stored = sizes.hidden, (slots + kv_heads) * head_dim
     if copied is None:
         copied = sizes.linear - sizes.layers * 2 * hidden * sizes.keys
-    grown = max(0, sizes.layers * 2 * hidden * (stored - sizes.queries))
+    grown = sizes.layers * 2 * hidden * (stored - sizes.queries)
     return sizes.itemsize * (copied + grown) + EXACT * hidden * (slots + 2 * kv_heads) * head_dim
 
 
@@ -401,8 +403,8 @@ class Estimate:
         load_in_4bit: whether the base has to be held in 4 bits to fit.
         batch_size: sequences per micro-batch of the recovery, the most that fit.
         initialization_bytes, recovery_bytes: GPU memory at the fullest moment, the first with its evaluation.
-        main_bytes: main memory at the fullest moment, which is the initialisation's or the merge's, the latter on the
-            CPU. What PyTorch itself takes is not in it.
+        main_bytes: main memory at the fullest moment, which is the initialisation's or that of a `merge_and_unload`
+            there; recipes, which write a plain model layer by layer, need less. What PyTorch takes is not in it.
         initialization_hours, recovery_hours: None over a 4-bit base, whose speed was not measured.
     """
 

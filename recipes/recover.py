@@ -228,7 +228,7 @@ def check_memory(args: ConversionArguments, training: SFTConfig, initialises: bo
     """Raise ValueError if what is to come certainly does not fit, and warn where it may not; no weights are read.
 
     Of a base in main memory only what comes beyond its weights counts: these are pages of their files. What FSDP or
-    DeepSpeed shard is not estimated.
+    DeepSpeed shard is not estimated; the merge is written layer by layer.
     """
     model, device = empty_model(args, training), training.device
     trained, _ = model.get_nb_trainable_parameters()

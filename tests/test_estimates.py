@@ -282,7 +282,7 @@ def test_a_recovery_that_cannot_fit_is_told_before_anything_is_loaded(share, mes
     monkeypatch.setattr(recover, "load_base", lambda *args: pytest.fail("the base was loaded"))
     save_base(tmp_path / "base")
     large = {"initialisation": {"calibration_tokens": 10**9}, "recovery": {"per_device_train_batch_size": 10**6}}
-    options = small(tmp_path / "base", save_text(tmp_path / "text.txt"), tmp_path / "out", **large.get(share, {}))
+    options = small(tmp_path / "base", save_text(tmp_path / "text.txt"), tmp_path / "out", **large[share])
     free(1e9)
     with pytest.raises(SystemExit, match=message):
         recover.main(options)

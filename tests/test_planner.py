@@ -28,7 +28,6 @@ from asymgqa_peft.estimates import (
     estimate,
     initialization_need,
     recovery_need,
-    training_flops_per_token,
 )
 from asymgqa_peft.evaluate import kv_cache_bytes_per_token
 from asymgqa_peft.families import FAMILIES
@@ -221,7 +220,9 @@ def test_estimates_are_near_what_was_measured_on_one_h200():
     assert initialization.device == pytest.approx(8.70e9, rel=TOLERANCE)
     trained_7b = 411_697_152
     recovery = recovery_need(Sizes.of(llama), trained_7b, 8192, True, True, accumulates=False, on_gpu=True)
-    assert 2 * llama.num_parameters() + 4 * trained_7b + recovery.device == pytest.approx(23_332_070_400, rel=TOLERANCE)
+    assert 2 * llama.num_parameters() + 4 * trained_7b + recovery.device == pytest.approx(
+        23_332_070_400, rel=TOLERANCE
+    )
     found = estimate(llama, trained, (32, 8, 128), CARDS["h200"])
     assert found.initialization_hours * 3600 == pytest.approx(38.6, rel=0.01)
     assert found.recovery_hours * 3600 == pytest.approx(98_304_000 / 8465, rel=0.01)

@@ -376,6 +376,25 @@ class AsymGQAModel(LoraModel):
         self.sites, self._site_of = [], {}
         return plain
 
+    def _check_memory_to_merge(self, plan: ExportPlan) -> None:
+        devices = {parameter.device for parameter in self.parameters()}
+        if len(devices) > 1 or "meta" in {device.type for device in devices}:
+            # Spread or offloaded: no one place has to hold it.
+            return
+        copied = 0
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, SharedLayer):
+                copied += sum(parameter.numel() for parameter in module.get_base_layer().parameters())
+        shape = head_shape(plan.plain.config)
+        plain = shape.num_attention_heads, shape.base_kv_heads, shape.head_dim
+        needed = merge_bytes(Sizes.of(self.model), *plain, copied=copied)
+        remedies = (
+            "merge in main memory (move the model there with .to('cpu')), or write the plain model as it is merged, "
+            "with asymgqa_peft.hub.save_merged(model, tokenizer, folder)"
+        )
+        if reason := lack_of_memory("The merge", needed, *devices, remedies):
+            raise ValueError(reason)
+
     def _unload(self, progressbar: bool) -> PreTrainedModel:
         """The base without the adapter; after an error or an interrupt, the model as it was."""
         self.unmerge_adapter()
@@ -419,23 +438,6 @@ class AsymGQAModel(LoraModel):
 
         readers = [site.reader(adapter_name) for site in self.sites]
         return MergedWeights(self.model, self.sites, plan, readers, unloaded)
-
-    def _check_memory_to_merge(self, plan: ExportPlan) -> None:
-        devices = {parameter.device for parameter in self.parameters()}
-        if len(devices) == 1 and "meta" not in {device.type for device in devices}:
-            shape = head_shape(plan.plain.config)
-            plain = shape.num_attention_heads, shape.base_kv_heads, shape.head_dim
-            copied = sum(parameter.numel() for parameter in self._merged_parameters())
-            needed = merge_bytes(Sizes.of(self.model), *plain, copied=copied)
-            remedies = "merge in main memory (move the model there with .to('cpu')), or where there is more of it"
-            if reason := lack_of_memory("The merge", needed, *devices, remedies):
-                raise ValueError(reason)
-
-    def _merged_parameters(self) -> Iterator[nn.Parameter]:
-        """What a merge adds LoRA to."""
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, SharedLayer):
-                yield from module.get_base_layer().parameters()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge one adapter into the base's weights, in the base's own shape; `unmerge_adapter` takes it back.
