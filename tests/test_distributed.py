@@ -125,6 +125,15 @@ def test_two_processes_resume(name, inputs, alone, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_compiled_layers_train_alike(name, inputs, alone, tmp_path):
+    output = tmp_path / "out"
+    options = OPTIONS | {"torch_compile_backend": "aot_eager"}
+    launch(name, tmp_path, *small(*inputs, output, per_device_train_batch_size=2, **options))
+    assert_same(output, alone)
+
+
+@pytest.mark.slow
 def test_a_bfloat16_base_with_gradient_checkpointing_is_sharded(inputs, tmp_path):
     """What a large model needs: the base in bf16, what is trained in float32, activations recomputed."""
     base = AutoModelForCausalLM.from_pretrained(inputs[0], dtype=torch.bfloat16)
