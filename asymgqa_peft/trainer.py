@@ -123,7 +123,9 @@ class AsymGQATrainer(SFTTrainer):
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
-        """SFTTrainer's. Never compiled: slots and lengths differ from those of training, batch by batch."""
+        """SFTTrainer's, with layers as they are: slots and lengths differ from those of training, batch by batch."""
+        if not self._compiles_layers:
+            return super().evaluate(*args, **kwargs)
         with torch.compiler.set_stance("force_eager"):
             return super().evaluate(*args, **kwargs)
 
