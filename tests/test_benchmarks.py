@@ -144,7 +144,7 @@ def test_growth_fits_exponents(run):
 def test_memory_measures_a_process_beside_its_estimate(run):
     """Of a tiny model the libraries' own buffers are most; what is estimated is there in any case."""
     (row,) = run(memory, "--device cpu --shapes tiny --only merge")["rows"]
-    assert 0 < row["estimate, GB"] < row["measured, GB"] < 0.2
+    assert 0 < row["estimate, GB"] < row["measured, GB"]
     assert row["ratio"] == pytest.approx(row["estimate, GB"] / row["measured, GB"])
 
 

@@ -385,6 +385,7 @@ def test_other_embeddings_of_the_bases_own_tokens_are_refused(family, layer, row
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_embeddings_of_a_base_of_unknown_origin_are_told(wrapped, family, tmp_path):
     wrapped.base_model.model.resize_token_embeddings(110)
     wrapped.save_pretrained(tmp_path, save_embedding_layers=True)

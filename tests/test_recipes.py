@@ -135,6 +135,9 @@ def test_every_configuration_runs_on_its_family(path, tmp_path):
         "use_cpu": True,
         "disable_tqdm": True,
     }
+    if values.get("torch_compile"):
+        # Traced as on a GPU, without a compiler's minutes.
+        options["torch_compile_backend"] = "eager"
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     recover.main(["--config", str(path), *flags])
     assert len(losses(output / "checkpoint-2")) == 2

@@ -247,6 +247,7 @@ def test_a_search_for_them_is_refused_before_it_begins():
         initialize_asymgqa_weights(model, [prompt(4, 12)])
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_an_adapter_of_such_groups_that_is_there_still_loads():
     base = longrope_phi3()
     with pytest.warns(UserWarning, match="merge_and_unload will refuse this adapter.*holds 4 groups of up to 3"):
