@@ -20,6 +20,19 @@ def test_it_is_read_in_a_few_minutes():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_the_quickstarts_figures_are_those_of_its_table():
+    results = (ROOT / "recipes/RESULTS.md").read_text(encoding="utf-8")
+    section = results.partition("## What does the quickstart show?")[2].partition("\n## ")[0]
+    header, _, *rows = [line.split("|") for line in section.splitlines() if line.startswith("|")]
+    column = [name.strip() for name in header].index("perplexity, recovered")
+    table = [row[column].strip() for row in rows]
+    assert len(table) == 4
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (sentence,) = re.findall(r"It puts\s+the bundled.*?\.\n\n", readme, flags=re.DOTALL)
+    (comparison,) = re.findall(r"base \d.*?\. \*\*What", readme, flags=re.DOTALL)
+    assert re.findall(r"\d+\.\d+", sentence) == re.findall(r"\d+\.\d+", comparison) == table
+
+
 @pytest.mark.parametrize("document", ["README.md", "recipes/README.md"])
 def test_only_languages_that_are_tested(document):
     assert set(re.findall(r"^```(\w+)$", (ROOT / document).read_text(), flags=re.MULTILINE)) <= {"python", "bash"}
