@@ -125,8 +125,6 @@ class Stack:
                 attention_mask=None,
                 position_ids=self.positions,
                 position_embeddings=self.rotary,
-                past_key_values=None,
-                use_cache=False,
             )
             if isinstance(states, tuple):
                 states = states[0]
