@@ -110,8 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = checkpoint_to_resume(training)
     # Here a base is found out that does not exist, or that the options do not fit.
     with in_one_line(model_called(args.model_name_or_path)):
-        needed = bytes_to_write(args, training)
-        check_memory(args, training, initialises=checkpoint is None)
+        empty = empty_model(args, training)
+        needed = bytes_to_write(empty, args, training)
+        check_memory(empty, args, training, initialises=checkpoint is None)
     tokenizer = load_tokenizer(args.model_name_or_path)
     check_space(output, needed - held_bytes(output))
     # LoRA starts at random.
@@ -208,9 +209,8 @@ def empty_model(args: ConversionArguments, training: SFTConfig) -> PeftModel:
         return get_peft_model(base, adapter_config(args, training), low_cpu_mem_usage=True)
 
 
-def bytes_to_write(args: ConversionArguments, training: SFTConfig) -> int:
-    """What the run will have on disk at its fullest moment."""
-    model = empty_model(args, training)
+def bytes_to_write(model: PeftModel, args: ConversionArguments, training: SFTConfig) -> int:
+    """What the run will have on disk at its fullest moment, from its `empty_model`."""
     trained, parameters = model.get_nb_trainable_parameters()
     needed = 4 * trained + checkpoint_bytes(training, trained)
     if args.hub_adapter_id:
@@ -224,13 +224,13 @@ def bytes_to_write(args: ConversionArguments, training: SFTConfig) -> int:
     return needed
 
 
-def check_memory(args: ConversionArguments, training: SFTConfig, initialises: bool) -> None:
+def check_memory(model: PeftModel, args: ConversionArguments, training: SFTConfig, initialises: bool) -> None:
     """Raise ValueError if what is to come certainly does not fit, and warn where it may not; no weights are read.
 
     Of a base in main memory only what comes beyond its weights counts: these are pages of their files. What FSDP or
     DeepSpeed shard is not estimated; the merge is written layer by layer.
     """
-    model, device = empty_model(args, training), training.device
+    device = training.device
     trained, _ = model.get_nb_trainable_parameters()
     sizes = Sizes.of(model.get_base_model(), args.head_dim)
     held, weights = sizes.in_4bit() if args.load_in_4bit else (sizes, sizes.weights)

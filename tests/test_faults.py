@@ -193,7 +193,7 @@ def test_a_full_disk_is_told_before_the_model_is_loaded(inputs, tmp_path, monkey
     monkeypatch.setattr(recover, "load_data", forbidden)
     command = small(*inputs, tmp_path / "out", **OPTIONS | {"save_plain": True})
     args, training = TrlParser((recover.ConversionArguments, SFTConfig)).parse_args_and_config(command)
-    needed = recover.bytes_to_write(args, training)
+    needed = recover.bytes_to_write(recover.empty_model(args, training), args, training)
     usage = shutil.disk_usage(tmp_path)
     for free, error, message in ((needed - 1, SystemExit, "GB free"), (needed, AssertionError, "not be reached")):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
@@ -208,7 +208,8 @@ def test_needed_space_by_formula(inputs, whole):
     saved = weights(whole / "adapter")
     trained = sum(saved[name].numel() for name in saved if ".lora_groups." not in name)
     base = sum(tensor.numel() for tensor in load_file(inputs[0] / "model.safetensors").values())
-    assert recover.bytes_to_write(args, training) == 4 * trained + 3 * 16 * trained + 4 * base
+    needed = recover.bytes_to_write(recover.empty_model(args, training), args, training)
+    assert needed == 4 * trained + 3 * 16 * trained + 4 * base
     checkpoint = whole / LAST
     written = sum((checkpoint / name).stat().st_size for name in ("adapter_model.safetensors", "optimizer.pt"))
     assert 12 * trained < written < 16 * trained
