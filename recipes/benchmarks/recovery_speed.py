@@ -132,7 +132,7 @@ def build_trainer(args: argparse.Namespace, folder: str):
     from asymgqa_peft import AsymGQATrainer
 
     on_cpu, steps = args.device == "cpu", args.warmup + args.steps
-    clock = StepClock(args)
+    clock, weight = StepClock(args), ARMS[args.arm].distillation_weight
     arguments = dict(
         model=adapted_llama(args),
         args=SFTConfig(
@@ -144,7 +144,8 @@ def build_trainer(args: argparse.Namespace, folder: str):
             gradient_checkpointing=not args.no_checkpointing,
             bf16=not on_cpu,
             use_cpu=on_cpu,
-            torch_compile=args.compile,
+            # The Trainer alone would compile the model as a whole, which takes minutes.
+            torch_compile=args.compile and weight is not None,
             logging_steps=max(1, steps // 2),
             save_strategy="no",
             report_to=[],
@@ -154,11 +155,7 @@ def build_trainer(args: argparse.Namespace, folder: str):
         processing_class=placeholder_tokenizer(),
         callbacks=[clock],
     )
-    weight = ARMS[args.arm].distillation_weight
     if weight is None:
-        # The Trainer would compile the model as a whole, which takes minutes: layers, as in the other arms.
-        arguments["args"].torch_compile = False
-        arguments["args"].torch_compile_backend = None
         if args.compile:
             for layer in arguments["model"].get_base_model().model.layers:
                 layer.compile()
