@@ -64,11 +64,21 @@ class OutputRefit:
         if not (torch.isfinite(self._inputs).all() and torch.isfinite(self._cross).all()):
             raise ValueError("NaN or inf in the attention outputs of the grouped model.")
         if self._change is None:
-            ridge = self.damping * self._inputs.diagonal().mean().clamp_min(1e-30)
-            gram = self._inputs.clone()
-            gram.diagonal().add_(ridge)
-            self._change = torch.cholesky_solve(self._residual().T, torch.linalg.cholesky(gram)).T
+            factor = self._factor()
+            if factor is None:
+                # Products of 16-bit inputs are added up in float32. Where almost all inputs point one way, that
+                # rounding outweighs the ridge: eigenvalues near zero come out below -lam.
+                self._inputs = _positive_part(self._inputs)
+                factor = self._factor()
+            self._change = torch.cholesky_solve(self._residual().T, factor).T
         return self._change
+
+    def _factor(self) -> Tensor | None:
+        """Cholesky factor of Q, (H D, H D), or None where Q is not positive definite."""
+        gram = self._inputs.clone()
+        gram.diagonal().add_(self.damping * gram.diagonal().mean().clamp_min(1e-30))
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        return None if failed else factor
 
     def low_rank(self, rank: int, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
         """The best change of the given rank as LoRA factors: lora_A (k, H D), lora_B (E, k), k = min(rank, E).
@@ -123,6 +133,13 @@ class OutputRefit:
 
     def _residual(self) -> Tensor:
         return self._cross - self.weight @ self._inputs
+
+
+def _positive_part(matrix: Tensor) -> Tensor:
+    """Symmetric (M, M) without its negative eigenvalues."""
+    with one_thread():
+        values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(0) @ vectors.T
 
 
 def _top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
