@@ -21,6 +21,9 @@ from .adapter.layer import SHARED_CONTAINERS, SharedLayer
 from .adapter.offload import is_offloaded
 from .distillation import CHUNK_BYTES, STATISTICS, LossSums, OutputLayer, distillation_loss
 
+COMPILED_KINDS = 64
+"""Graphs of one decoder layer that may be compiled."""
+
 
 class AsymGQATrainer(SFTTrainer):
     r"""SFTTrainer whose teacher is the same model with the adapter disabled.
@@ -287,7 +290,11 @@ def layers_compiled(layers: Iterable[nn.Module], **options) -> Iterator[None]:
     try:
         for layer in layers:
             layer.compile(**options)
-        yield
+        # All layers share one graph per kind of call: teacher or student, with a gradient or without, first a fixed
+        # and then any number of documents a row. Past the limit a kind of call would silently run uncompiled.
+        limit = max(COMPILED_KINDS, torch._dynamo.config.recompile_limit)
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            yield
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
