@@ -287,7 +287,10 @@ def layers_compiled(layers: Iterable[nn.Module], **options) -> Iterator[None]:
     try:
         for layer in layers:
             layer.compile(**options)
-        yield
+        # Under DDP torch would split each layer's graph, which earlier versions refuse where layers are recomputed. Its
+        # purpose, sums over ranks while other gradients are computed, is met by compiling a layer at a time.
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            yield
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
