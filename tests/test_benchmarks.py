@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from asymgqa_peft.attention import register_grouped_sdpa
 from asymgqa_peft.heads import HeadShape, SharedShape
 from asymgqa_peft.method.costs import group_costs
 from asymgqa_peft.method.statistics import LayerStatistics
-from asymgqa_peft.method.threads import map_in_threads, use_threads
+from asymgqa_peft.method.threads import map_in_threads, share_of_cores, use_threads
 from recipes.benchmarks import (
     conversion,
     decode,
@@ -27,6 +28,7 @@ from recipes.benchmarks import (
     offloaded,
     overhead,
     quality_per_byte,
+    scaling,
     shapes,
     wide_heads,
 )
@@ -79,6 +81,63 @@ def perturb(module: nn.Module) -> None:
     """Make a module another one."""
     for parameter in module.parameters(recurse=False):
         parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
+
+
+SMALL = "--device cpu --hidden 128 --layers 2 --vocab 64 --length 64 --rank 4 --documents 40 --steps 2 --warmup 1"
+
+
+def test_scaling_measures_one_rank_in_this_process(capsys):
+    rows = scaling.main(f"--worker {SMALL} --blocks 16".split())
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"part"')] == rows
+    initialization, recovery = rows
+    assert (initialization["part"], recovery["part"]) == ("initialization", "recovery")
+    assert initialization["tokens"] == 16 * 64 and recovery["tokens"] == 4 * 64
+    assert all(row["ranks"] == 1 and row["seconds"] > 0 and row["peak_bytes"][0] > 0 for row in rows)
+
+
+def test_scaling_compares_ranks_with_one():
+    one = {"part": "initialization", "ranks": 1, "seconds": 6.0, "tokens": 90, "groups": ["a"], "peak_bytes": [2**30]}
+    two = one | {"ranks": 2, "seconds": 4.0, "peak_bytes": [2**30, 2**31]}
+    trained = {"part": "recovery", "ranks": 1, "seconds": 2.0, "tokens": 100, "peak_bytes": [2**30]}
+    slower = trained | {"ranks": 2, "seconds": 2.5, "tokens": 200}
+    found = scaling.table([one, two, trained, slower])
+    assert [row["speed-up"] for row in found] == pytest.approx([1, 1.5, 1, 1.6])
+    assert [row["efficiency"] for row in found] == pytest.approx([1, 0.75, 1, 0.8])
+    assert found[1]["peak GiB per rank"] == 2
+    assert list(scaling.checks(found).values()) == [True, True, False]
+    # Ranks that differ, from one rank or among each other, or that are no faster, are noticed.
+    for changes in ({"groups": ["b"]}, {"groups": ["a", "b"]}, {"seconds": 7.0}):
+        assert sum(scaling.checks(scaling.table([one, two | changes])).values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", [{1: ["4"]}, {2: ["4", "5"]}, {4: ["4", "5", "6", "7"]}]),
+        ("--side-by-side", [{1: ["4"], 2: ["5", "6"]}, {4: ["4", "5", "6", "7"]}]),
+    ],
+)
+def test_scaling_gives_every_rank_a_gpu(options: str, expected: list[dict], monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert scaling.waves(scaling.parse_args(f"--device cuda {options}".split())) == expected
+    with pytest.raises(SystemExit, match="--ranks 8 needs as many GPUs, 4 are visible"):
+        scaling.waves(scaling.parse_args(["--device", "cuda", "--ranks", "1", "8"]))
+
+
+@pytest.mark.slow
+def test_scaling_keeps_what_was_measured_when_a_group_fails(tmp_path):
+    out = tmp_path / "lines.jsonl"
+    # Fewer tokens in all than one rank's share of the warm-up needs.
+    command = f"{SMALL} --ranks 1 2 --blocks 16 --parts initialization --out {out}".replace(
+        "--length 64", "--length 20"
+    )
+    with pytest.raises(SystemExit, match=r"the processes on \[1\] ranks ended early"):
+        scaling.main(command.split())
+    (line,) = out.read_text().splitlines()
+    assert json.loads(line)["ranks"] == 2 and len(json.loads(line)["peak_bytes"]) == 2
+    scaling.main(f"{SMALL} --ranks 1 2 --blocks 16 --out {out}".split())
+    groups = {tuple(row["groups"]) for row in map(json.loads, out.read_text().splitlines()[1:]) if "groups" in row}
+    assert len(groups) == 1
 
 
 def test_decode_measures_every_arm(run):
@@ -250,6 +309,16 @@ def test_several_callers_do_not_take_threads_from_each_other():
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("processes", "allowed", "expected"), [("4", 1, 3), ("4", 2, 2), ("1", 1, 1), ("24", 1, 1)])
+def test_a_launchers_one_thread_becomes_a_share_of_the_cores(processes, allowed, expected, two_threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    torch.set_num_threads(allowed)
+    with share_of_cores():
+        assert torch.get_num_threads() == expected
+    assert torch.get_num_threads() == allowed
 
 
 def test_costs_do_not_depend_on_threads(two_threads):

@@ -125,10 +125,11 @@ def test_two_processes_resume(name, inputs, alone, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_compiled_layers_train_alike(name, inputs, alone, tmp_path):
+def test_compiled_layers_train_alike(name, checkpointing, inputs, alone, tmp_path):
     output = tmp_path / "out"
-    options = OPTIONS | {"torch_compile_backend": "aot_eager"}
+    options = OPTIONS | {"torch_compile_backend": "aot_eager", "gradient_checkpointing": checkpointing}
     launch(name, tmp_path, *small(*inputs, output, per_device_train_batch_size=2, **options))
     assert_same(output, alone)
 

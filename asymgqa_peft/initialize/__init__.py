@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..adapter.site import evaluating
 from ..batches import checked_batches
+from ..method.threads import share_of_cores
 from .checks import all_or_nothing, check_memory, checked_model
 from .report import InitializationReport
 from .streams import Streams
@@ -33,7 +34,8 @@ def initialize_asymgqa_weights(
     layer's targets (3 x tokens x hidden size) lie on the GPU where they take at most half of what is free there, in
     main memory otherwise; one batch and one layer's sums lie on the layer's device. Of what accelerate offloads
     (device_map), at most two layers are there at a time. Small eigenproblems run on the CPU, in as many threads as
-    torch may use. All LoRA of the adapter starts anew: a second call initialises again.
+    torch may use; where a launcher of several processes left it only one, in as many as there are cores for each. All
+    LoRA of the adapter starts anew: a second call initialises again.
     Under grouping="neighbour" or "random" the adapter's groups, given ones included, are kept; otherwise searched.
 
     With several ranks each passes its own batches; sums are reduced, so that all end with the same groups and weights.
@@ -54,6 +56,6 @@ def initialize_asymgqa_weights(
     walk = Walk(model, tuner, adapter_name, streams)
     walk.check_tokens()
     check_memory(model, tuner, adapter_name, streams.batches)
-    with evaluating(model), all_or_nothing(model, tuner, adapter_name):
+    with evaluating(model), all_or_nothing(model, tuner, adapter_name), share_of_cores():
         model.set_adapter(adapter_name)
         return walk.run(progress)

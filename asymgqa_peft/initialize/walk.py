@@ -209,6 +209,8 @@ class Walk:
         """Groups and shared heads of one layer; on a stream of its own, where waiting stops no other work."""
         stream = nullcontext()
         if weights.output.is_cuda:
+            # A thread begins on the first GPU, where every rank would take up memory.
+            torch.cuda.set_device(weights.output.device)
             stream = torch.cuda.stream(torch.cuda.Stream(weights.output.device))
         with torch.no_grad(), stream:
             found, similarity = self._search(moments, site.layer)

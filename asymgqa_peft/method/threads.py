@@ -6,6 +6,7 @@ one of them, so that this is the fastest way to thousands of them on either mach
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,24 @@ import torch
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+
+@contextmanager
+def share_of_cores() -> Iterator[None]:
+    """As many threads for torch as this process has cores, where a launcher of several left it only one.
+
+    torchrun and `accelerate launch` do so unless OMP_NUM_THREADS is set. The searches would then take so much longer
+    that an initialisation on several GPUs is slower than on one.
+    """
+    allowed, processes = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if allowed == 1 and processes > 1:
+        # Not all systems know which cores a process may use.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // processes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(allowed)
 
 
 def use_threads(count: int) -> None:

@@ -23,6 +23,7 @@ from functools import partial
 
 import torch
 from peft import get_peft_model
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
@@ -97,15 +98,21 @@ def build(config: LlamaConfig, args: argparse.Namespace):
 
 def convert(model, config: LlamaConfig, args: argparse.Namespace):
     """Initialise; the report, seconds of wall time, and the peak of memory beyond what was allocated before."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (args.blocks, args.length), generator=generator)
+    initialise = partial(initialize_asymgqa_weights, model, calibration(config, args), progress=False)
     before = shapes.reset_peak(args.device)
     start = time.perf_counter()
-    report = initialize_asymgqa_weights(model, tokens.split(args.batch_size), progress=False)
+    report = initialise()
     seconds, peak = time.perf_counter() - start, shapes.peak_beyond(before, args.device)
     if args.profile:
-        print_profile(partial(initialize_asymgqa_weights, model, tokens.split(args.batch_size), progress=False), args)
+        print_profile(initialise, args)
     return report, seconds, peak
+
+
+def calibration(config: LlamaConfig, args: argparse.Namespace) -> tuple[Tensor, ...]:
+    """Batches of random tokens, (batch_size, length) each."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (args.blocks, args.length), generator=generator)
+    return tokens.split(args.batch_size)
 
 
 def print_profile(call: Callable[[], object], args: argparse.Namespace) -> None:

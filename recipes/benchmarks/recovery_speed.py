@@ -133,25 +133,27 @@ def build_trainer(args: argparse.Namespace, folder: str):
 
     on_cpu, steps = args.device == "cpu", args.warmup + args.steps
     clock, weight = StepClock(args), ARMS[args.arm].distillation_weight
+    training = SFTConfig(
+        output_dir=folder,
+        per_device_train_batch_size=args.batch,
+        max_steps=steps,
+        max_length=args.length,
+        packing=args.documents is not None,
+        gradient_checkpointing=not args.no_checkpointing,
+        bf16=not on_cpu,
+        use_cpu=on_cpu,
+        # The Trainer alone would compile the model as a whole, which takes minutes.
+        torch_compile=args.compile and weight is not None,
+        logging_steps=max(1, steps // 2),
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
     arguments = dict(
         model=adapted_llama(args),
-        args=SFTConfig(
-            output_dir=folder,
-            per_device_train_batch_size=args.batch,
-            max_steps=steps,
-            max_length=args.length,
-            packing=args.documents is not None,
-            gradient_checkpointing=not args.no_checkpointing,
-            bf16=not on_cpu,
-            use_cpu=on_cpu,
-            # The Trainer alone would compile the model as a whole, which takes minutes.
-            torch_compile=args.compile and weight is not None,
-            logging_steps=max(1, steps // 2),
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({"input_ids": token_rows(args, steps)}),
+        args=training,
+        # Under scaling.py every rank takes rows of its own.
+        train_dataset=Dataset.from_dict({"input_ids": token_rows(args, steps * training.world_size)}),
         processing_class=placeholder_tokenizer(),
         callbacks=[clock],
     )
