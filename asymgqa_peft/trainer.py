@@ -293,8 +293,8 @@ def layers_compiled(layers: Iterable[nn.Module], **options) -> Iterator[None]:
         # All layers share one graph per kind of call: teacher or student, with a gradient or without, first a fixed
         # and then any number of documents a row. Past the limit a kind of call would silently run uncompiled.
         limit = max(COMPILED_KINDS, torch._dynamo.config.recompile_limit)
-        # Under DDP torch would split each layer's graph, which earlier versions refuse where layers are recomputed. Its
-        # purpose, sums over ranks while other gradients are computed, is met by compiling a layer at a time.
+        # Under DDP torch would split each layer's graph, which earlier versions refuse where layers are recomputed.
+        # Its purpose, sums over ranks while other gradients are computed, is met by compiling a layer at a time.
         with torch._dynamo.config.patch(recompile_limit=limit, optimize_ddp=False):
             yield
     finally:
