@@ -223,6 +223,8 @@ def test_estimates_are_near_what_was_measured_on_one_h200():
     assert 2 * llama.num_parameters() + 4 * trained_7b + recovery.device == pytest.approx(
         23_332_070_400, rel=TOLERANCE
     )
+    process = 1.05e9  # with PyTorch and CUDA started, and no kernel loaded yet
+    assert process + recovery.main == pytest.approx(1.99e9, rel=TOLERANCE)
     found = estimate(llama, trained, (32, 8, 128), CARDS["h200"])
     assert found.initialization_hours * 3600 == pytest.approx(38.6, rel=0.01)
     assert found.recovery_hours * 3600 == pytest.approx(98_304_000 / 8465, rel=0.01)

@@ -211,7 +211,7 @@ def measure(cell: dict, args: argparse.Namespace) -> dict:
         return row
     row |= ratio("", weights + need.device, torch.cuda.max_memory_allocated())
     row["reserved, GB"] = torch.cuda.max_memory_reserved() / 1e9
-    # What CUDA and its libraries take of main memory is not estimated: it is in both.
+    # What the process had taken before, CUDA's libraries included, is not estimated: it is in both.
     return row | ratio("main ", process + need.main, resident)
 
 
