@@ -19,9 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 from transformers.integrations import is_fsdp_enabled, unset_hf_deepspeed_config
 from trl import SFTConfig, TrlParser
@@ -57,6 +59,9 @@ class ConversionArguments:
     )
     num_key_value_heads: int = field(metadata={"help": "G, shared K/V heads per layer."})
     head_dim: int | None = field(default=None, metadata={"help": "Width of a shared head; default: the base's."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder of an initialised adapter to train, with its initialization.json."}
+    )
     dataset_split: str = field(
         default="train", metadata={"help": "Split of the data set; its last rows are held out."}
     )
@@ -105,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = check_writable(training.output_dir)
     check_hub_targets(args)
     check_dataset(args.dataset)
+    check_adapter(args, training)
     # One process renames half-written checkpoints before the others look.
     with training.main_process_first(local=False, desc="choosing the checkpoint"):
         checkpoint = checkpoint_to_resume(training)
@@ -112,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     with in_one_line(model_called(args.model_name_or_path)):
         empty = empty_model(args, training)
         needed = bytes_to_write(empty, args, training)
-        check_memory(empty, args, training, initialises=checkpoint is None)
+        check_memory(empty, args, training, initialises=checkpoint is None and args.adapter is None)
     tokenizer = load_tokenizer(args.model_name_or_path)
     check_space(output, needed - held_bytes(output))
     # LoRA starts at random.
@@ -136,8 +142,14 @@ def recover(
         data = load_data(args, training, tokenizer)
     if checkpoint:
         model, report, rows = resume(checkpoint, args, training)
+    elif args.adapter:
+        # Base and initialised model are not measured: one GPU may not hold them.
+        model, rows = load_initialised(Path(args.adapter), args, training), []
+        report = InitializationReport.load(Path(args.adapter) / INITIALIZATION)
     else:
         model, report, rows = initialise(args, training, data)
+    # Read off before the model is sharded.
+    size = kv_cache_bytes_per_token(model, model.config.dtype or torch.float32)
     if training.process_index == 0:
         report.save(output / INITIALIZATION)
         save_json(output / EVALUATION, rows)
@@ -150,7 +162,7 @@ def recover(
         # The model may be sharded by now.
         model = trainer.model
     recovered = perplexity(model, data.held_out.split(args.calibration_batch_size))
-    rows.append({**rows[-1], "model": "recovered", "held-out perplexity": recovered})
+    rows.append({"model": "recovered", "held-out perplexity": recovered, "KV bytes/token": size})
     return rows
 
 
@@ -194,6 +206,20 @@ def check_dataset(name: str) -> None:
         raise SystemExit(f"dataset={name!r}: no such file. Give a file of yours with --dataset, or a Hub id.")
     if path.suffix not in FILES and path.is_file():
         raise SystemExit(f"dataset={name!r}: files are read as {', '.join(FILES)}; rename plain text to .txt.")
+
+
+def check_adapter(args: ConversionArguments, training: SFTConfig) -> None:
+    """Find out before any work whether the folder that `adapter` names holds one that was initialised."""
+    if args.adapter is None:
+        return
+    folder = Path(args.adapter)
+    for name in (CONFIG_NAME, INITIALIZATION):
+        if not (folder / name).is_file():
+            raise SystemExit(
+                f"adapter={args.adapter!r} has no {name}: save it with model.save_pretrained(folder), and what "
+                f'initialize_asymgqa_weights returned with report.save(folder + "/{INITIALIZATION}").'
+            )
+    check_same_options(folder, args, training)
 
 
 def empty_model(args: ConversionArguments, training: SFTConfig) -> PeftModel:
@@ -245,7 +271,7 @@ def check_memory(model: PeftModel, args: ConversionArguments, training: SFTConfi
         remedies = "lower --calibration_tokens or --calibration_batch_size"
         needs.append(("The initialisation", need, remedies))
         needs.append(("The evaluation", evaluation_need(held, batch), "lower --calibration_batch_size"))
-    if not (is_fsdp_enabled() or training.deepspeed):
+    if not (uses_fsdp() or training.deepspeed):
         need = recovery_need(
             held,
             trained,
@@ -290,7 +316,21 @@ def resume(checkpoint: Path, args: ConversionArguments, training: SFTConfig) -> 
     missing = [name for name in (INITIALIZATION, EVALUATION) if not (run / name).is_file()]
     if missing:
         raise SystemExit(f"{run} lacks {', '.join(missing)}: {checkpoint.name} is not of this recipe.")
-    saved, wanted = PeftConfig.from_pretrained(checkpoint), adapter_config(args, training)
+    check_same_options(checkpoint, args, training)
+    model = load_initialised(checkpoint, args, training)
+    # A run that was killed after its end has the recovered model's row, which is measured anew.
+    rows = [row for row in json.loads((run / EVALUATION).read_text(encoding="utf-8")) if row["model"] != "recovered"]
+    return model, InitializationReport.load(run / INITIALIZATION), rows
+
+
+def load_initialised(folder: Path, args: ConversionArguments, training: SFTConfig) -> PeftModel:
+    """Wrap the base with an adapter that holds its groups and shared heads, to be trained."""
+    return PeftModel.from_pretrained(load_base(args, training), folder, is_trainable=True)
+
+
+def check_same_options(folder: Path, args: ConversionArguments, training: SFTConfig) -> None:
+    """Exit unless an adapter was made with the options of this run."""
+    saved, wanted = PeftConfig.from_pretrained(folder), adapter_config(args, training)
     for name in (
         "num_key_value_heads",
         "head_dim",
@@ -304,14 +344,9 @@ def resume(checkpoint: Path, args: ConversionArguments, training: SFTConfig) -> 
         before, now = getattr(saved, name, None), getattr(wanted, name)
         if before != now:
             raise SystemExit(
-                f"{checkpoint} was trained with {name}={before!r}, now it is {now!r}: set it back, or start anew in "
-                "another --output_dir."
+                f"{folder} was made with {name}={before!r}, now it is {now!r}: set it back, or start anew in another "
+                "--output_dir."
             )
-    # Groups and shared heads are in the checkpoint.
-    model = PeftModel.from_pretrained(load_base(args, training), checkpoint, is_trainable=True)
-    # Base and initialised: a run that was killed after its end has a third row, which is measured anew.
-    rows = json.loads((run / EVALUATION).read_text(encoding="utf-8"))[:2]
-    return model, InitializationReport.load(run / INITIALIZATION), rows
 
 
 def train(
@@ -381,8 +416,16 @@ def publish(args: ConversionArguments, output: Path) -> None:
         merge_and_push.publish(replace(described, dtype=dtype, push=args.hub_merged_id))
 
 
+def uses_fsdp() -> bool:
+    """Whether `accelerate launch` was told to shard the model; transformers' function asks for more."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
 def load_base(args: ConversionArguments, training: SFTConfig) -> torch.nn.Module:
-    """The base in the dtype it was saved in, or in 4 bits; whole, on each process's accelerator if there is one."""
+    """The base in the dtype it was saved in, or in 4 bits; whole, on each process's accelerator if there is one.
+
+    In main memory where FSDP takes its shards from there and nothing is initialised before.
+    """
     if is_fsdp_enabled():
         raise SystemExit(
             "The initialisation needs the weights on every process: set fsdp_cpu_ram_efficient_loading: false in the "
@@ -390,7 +433,9 @@ def load_base(args: ConversionArguments, training: SFTConfig) -> torch.nn.Module
         )
     if not args.load_in_4bit:
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype="auto")
-        return with_attention(model.to(training.device), args.attn_implementation)
+        if args.adapter is None or not uses_fsdp():
+            model = model.to(training.device)
+        return with_attention(model, args.attn_implementation)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import cpu_offload
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from peft import AutoPeftModelForCausalLM
 from recovery_runs import ENVIRONMENT, LENGTH, RECIPES, losses, save_base, save_text, small, tokenizer, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 
 from recipes import recover
 
@@ -122,6 +123,33 @@ def test_two_processes_resume(name, inputs, alone, tmp_path):
     printed = launch(name, tmp_path, *command, "--resume_from_checkpoint", "true")
     assert f"checkpoint-{STEPS} is not whole" in printed and "initialising layers" not in printed
     assert_same(output, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_two_processes_train_what_one_has_initialised_offloaded(name, inputs, alone, tmp_path, monkeypatch):
+    """As with a base that no GPU holds: its adapter is made apart, and its groups travel with the weights."""
+    command = small(*inputs, tmp_path / "out", per_device_train_batch_size=2, **OPTIONS)
+    args, training = recover.parse_options(command)
+    data = recover.load_data(args, training, tokenizer())
+    base = AutoModelForCausalLM.from_pretrained(inputs[0])
+    monkeypatch.setattr(recover, "load_base", lambda *_: cpu_offload(base, execution_device=torch.device("cpu")))
+    set_seed(training.seed)
+    model, report, _ = recover.initialise(args, training, data)
+    model.save_pretrained(tmp_path / "initialised")
+    report.save(tmp_path / "initialised" / "initialization.json")
+    printed = launch(name, tmp_path, *command, "--adapter", str(tmp_path / "initialised"))
+    assert "initialising layers" not in printed
+    (row,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    recovered = json.loads((alone / "evaluation.json").read_text())[-1]
+    assert row == recovered | {"held-out perplexity": pytest.approx(recovered["held-out perplexity"], rel=1e-5)}
+    checkpoints = [folder / f"checkpoint-{STEPS}" for folder in (alone, tmp_path / "out")]
+    assert losses(checkpoints[1]) == pytest.approx(losses(checkpoints[0]), abs=1e-4)
+    expected, found = weights(alone / "adapter"), weights(tmp_path / "out" / "adapter")
+    assert expected.keys() == found.keys()
+    for tensor in expected:
+        torch.testing.assert_close(found[tensor], expected[tensor], atol=1e-5, rtol=1e-4)
+    assert (tmp_path / "out" / "plain" / "config.json").is_file()
 
 
 @pytest.mark.slow

@@ -286,3 +286,15 @@ def test_a_recovery_that_cannot_fit_is_told_before_anything_is_loaded(share, mes
     free(1e9)
     with pytest.raises(SystemExit, match=message):
         recover.main(options)
+
+
+def test_what_fsdp_shards_is_not_estimated(tmp_path, free, monkeypatch):
+    text = save_text(tmp_path / "text.txt")
+    options = small(save_base(tmp_path / "base"), text, tmp_path / "out", per_device_train_batch_size=10**6)
+    args, training = recover.parse_options(options)
+    model = recover.empty_model(args, training)
+    free(1e9)
+    with pytest.raises(ValueError, match="The recovery needs"):
+        recover.check_memory(model, args, training, initialises=False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    recover.check_memory(model, args, training, initialises=False)

@@ -167,8 +167,8 @@ def test_resuming_from_a_path(inputs, stopped, whole):
         (None, {}, "is of an earlier run"),
         (f"checkpoint-{STEPS - 4}", {}, f"{LAST} is of an earlier run"),
         ("checkpoint-7", {}, "checkpoint-7 is no whole checkpoint: adapter_config.json is missing"),
-        (LAST, {"num_key_value_heads": 2}, "was trained with num_key_value_heads=4, now it is 2"),
-        (LAST, {"lora_r": 4}, "was trained with r=8, now it is 4"),
+        (LAST, {"num_key_value_heads": 2}, "was made with num_key_value_heads=4, now it is 2"),
+        (LAST, {"lora_r": 4}, "was made with r=8, now it is 4"),
     ],
 )
 def test_what_cannot_be_resumed_is_told_before_the_model_is_loaded(
@@ -180,6 +180,27 @@ def test_what_cannot_be_resumed_is_told_before_the_model_is_loaded(
     with pytest.raises(SystemExit, match=message):
         recover.main([*small(*inputs, stopped, **OPTIONS | changes), *option])
     assert sorted(stopped.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "missing, changes, message",
+    [
+        ("adapter_config.json", {}, "has no adapter_config.json: save it with model.save_pretrained"),
+        ("initialization.json", {}, "has no initialization.json: .*report.save"),
+        (None, {"lora_r": 4}, "was made with r=8, now it is 4"),
+    ],
+)
+def test_an_adapter_that_cannot_be_trained_is_told_before_the_model_is_loaded(
+    missing, changes, message, inputs, stopped, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(recover, "load_base", forbidden)
+    shutil.copy(stopped / "initialization.json", stopped / LAST)
+    if missing:
+        (stopped / LAST / missing).unlink()
+    command = small(*inputs, tmp_path / "new", **OPTIONS | changes, adapter=stopped / LAST)
+    with pytest.raises(SystemExit, match=message):
+        recover.main(command)
+    assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
 
 
 def test_without_a_checkpoint_resuming_starts_at_the_beginning(tmp_path):

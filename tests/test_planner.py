@@ -19,6 +19,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from trl import SFTConfig, TrlParser
 
+from asymgqa_peft import AsymGQAConfig
 from asymgqa_peft.__main__ import main
 from asymgqa_peft.engines import ENGINES, WIDE_CLASSES
 from asymgqa_peft.estimates import (
@@ -26,6 +27,7 @@ from asymgqa_peft.estimates import (
     TOLERANCE,
     Sizes,
     estimate,
+    evaluation_need,
     initialization_need,
     recovery_need,
 )
@@ -34,6 +36,7 @@ from asymgqa_peft.families import FAMILIES
 from asymgqa_peft.heads import HeadShape
 from asymgqa_peft.planner import candidates, plan
 from recipes import recover
+from recipes.benchmarks import shapes
 
 ROOT = Path(__file__).parents[1]
 OF_EACH_FAMILY = {CASES[name].model_type: name for name in reversed(CASES) if CASES[name].kv_heads == 8}
@@ -231,6 +234,35 @@ def test_estimates_are_near_what_was_measured_on_one_h200():
     wide = estimate(llama, trained, (32, 4, 256), CARDS["h200"])
     assert wide.initialization_hours / found.initialization_hours == pytest.approx(63.5 / 54.1, rel=0.01)
     assert wide.recovery_hours == pytest.approx(1.05 * found.recovery_hours)
+
+
+def test_what_every_gpu_holds_during_an_initialisation_is_what_the_recipes_say():
+    bases = {
+        "SmolLM2-1.7B": LLAMA_2_7B
+        | {"vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
+        | {"tie_word_embeddings": True},
+        "Llama-2-7B": LLAMA_2_7B,
+        "Llama-2-13B": LLAMA_2_7B
+        | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+        "Llama-2-70B": LLAMA_2_7B | shapes.SHAPES["llama-2-70b"],
+    }
+    text = (ROOT / "recipes" / "README.md").read_text()
+    for name, options in bases.items():
+        base = meta_model(LlamaConfig(**options))
+        heads = base.config.num_key_value_heads
+        config = AsymGQAConfig(num_key_value_heads=heads // (4 if heads > 8 else 2), r=64, lora_alpha=64)
+        with torch.device("meta"):
+            trained, _ = get_peft_model(base, config, low_cpu_mem_usage=True).get_nb_trainable_parameters()
+        sizes = Sizes.of(base)
+        row = [sizes.weights]
+        for ranks in (1, 4, 8):
+            need = initialization_need(sizes, trained, 262_144 // ranks, 8192, refits=True, gpu_free=int(100e9))
+            beyond = max(need.device, evaluation_need(sizes, 8192).device)
+            row.append(sizes.weights + 4 * trained + beyond)
+        if min(row) > CARDS["h200"].usable:
+            row = [row[0], "offloaded"]
+        numbers = " | ".join(number if isinstance(number, str) else f"{number / 1e9:.1f}" for number in row)
+        assert f"| {name} | {numbers} |" in text
 
 
 def test_a_smaller_card_takes_smaller_batches_then_four_bits_then_nothing():

@@ -103,8 +103,9 @@ def run_group(ranks: int, cards: list[str], arguments: list[str], args: argparse
         command[1:2] = [*launcher, "--nproc-per-node", str(ranks), "-m"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
     if args.side_by_side:
-        # Else the one group would wait for the other's searches.
-        environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // max(args.ranks)))
+        # Else the one group would wait for the other's searches and compilers.
+        share = str(max(1, os.cpu_count() // max(args.ranks)))
+        environment |= {"OMP_NUM_THREADS": share, "TORCHINDUCTOR_COMPILE_THREADS": share}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment)
     # A rank that is gone leaves the others waiting for it.
     clock = Timer(args.timeout, process.terminate)
