@@ -371,11 +371,13 @@ class Walk:
         rank, scaling = lora.r[self.adapter], lora.scaling[self.adapter]
         factors = refit.low_rank(rank, scaling)
         if self.adapter in site.value.lora_value_mix:
+            unmixed = refit.objective(_product(factors, scaling))
             mix = refit.output_mix(site.shape.num_attention_heads)
-            mixed = refit.with_output_mix(mix)
-            mixed_factors = mixed.low_rank(rank, scaling)
+            # In the place of the sums that are done with: their memory is needed to solve again.
+            refit = refit.with_output_mix(mix)
+            mixed_factors = refit.low_rank(rank, scaling)
             # Two ridges in a row may end worse than one: take what fits better.
-            if mixed.objective(_product(mixed_factors, scaling)) < refit.objective(_product(factors, scaling)):
+            if refit.objective(_product(mixed_factors, scaling)) < unmixed:
                 site.compose_value_mix(self.adapter, mix)
                 factors = mixed_factors
         _write_lora(lora, self.adapter, factors)

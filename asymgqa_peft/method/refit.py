@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from .linalg import outer_sum
+from .linalg import TINY, outer_sum, times_blocks
 from .statistics import sum_over_ranks, tokens_that_count
 from .threads import one_thread
 
@@ -19,6 +19,9 @@ _MIX_DAMPING = 1e-4
 
 _SPARE_VECTORS, _STEPS = 16, 12
 """Of the subspace iteration that `low_rank` uses."""
+
+_LEAST_SHARE = 1e-13
+"""Of the vectors' energy, below which it does not make a vector as long as the others: far above rounding errors."""
 
 
 class OutputRefit:
@@ -64,10 +67,7 @@ class OutputRefit:
         if not (torch.isfinite(self._inputs).all() and torch.isfinite(self._cross).all()):
             raise ValueError("NaN or inf in the attention outputs of the grouped model.")
         if self._change is None:
-            ridge = self.damping * self._inputs.diagonal().mean().clamp_min(1e-30)
-            gram = self._inputs.clone()
-            gram.diagonal().add_(ridge)
-            self._change = torch.cholesky_solve(self._residual().T, torch.linalg.cholesky(gram)).T
+            self._change = torch.cholesky_solve(self._residual().T, torch.linalg.cholesky(self._damped())).T
         return self._change
 
     def low_rank(self, rank: int, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -109,10 +109,10 @@ class OutputRefit:
 
     def with_output_mix(self, mix: Tensor) -> OutputRefit:
         """The same regression once the matrices (H, D, D) stand in front of o_proj and change its inputs."""
-        block = torch.block_diag(*mix)
-        mixed = copy.copy(self)
-        mixed._inputs = block @ self._inputs @ block.mT
-        mixed._cross = self._cross @ block.mT
+        turned, mixed = mix.mT[None], copy.copy(self)
+        half = times_blocks(self._inputs[None], turned)
+        mixed._inputs = times_blocks(half.mT, turned)[0]
+        mixed._cross = times_blocks(self._cross[None], turned)[0]
         mixed._change = None
         return mixed
 
@@ -120,6 +120,11 @@ class OutputRefit:
         """||Y - (W + X) Z||^2 - ||Y||^2 of a change X, from the sums alone; a scalar."""
         solution = self.weight + change
         return ((solution @ self._inputs) * solution).sum() - 2 * (solution * self._cross).sum()
+
+    def _damped(self) -> Tensor:
+        damped = self._inputs.clone()
+        damped.diagonal().add_(self.damping * self._inputs.diagonal().mean().clamp_min(1e-30))
+        return damped
 
     def _residual(self) -> Tensor:
         return self._cross - self.weight @ self._inputs
@@ -136,11 +141,24 @@ def _top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     if size * 4 > len(symmetric):
         with one_thread():
             return torch.linalg.eigh(symmetric)[1][:, -rank:]
+    symmetric /= torch.linalg.matrix_norm(symmetric).clamp_min(TINY)
     # Drawn on the CPU, so that every device starts alike.
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(len(symmetric), size, generator=generator, dtype=torch.float64).to(symmetric)
     for _ in range(_STEPS):
         product = symmetric @ basis
         with one_thread():
-            basis = torch.linalg.qr(product)[0]
-    return basis @ torch.linalg.eigh(basis.T @ symmetric @ basis)[1][:, -rank:]
+            basis = _well_conditioned(product)
+    with one_thread():
+        basis = torch.linalg.qr(basis)[0]
+        # A GPU takes longer for a matrix of this size.
+        vectors = torch.linalg.eigh((basis.T @ symmetric @ basis).cpu())[1]
+    return basis @ vectors[:, -rank:].to(basis)
+
+
+def _well_conditioned(vectors: Tensor) -> Tensor:
+    """Nearly orthonormal (E, k) of the same span, by Cholesky: products, where a QR goes column by column."""
+    gram = vectors.mT @ vectors
+    # Nearly dependent vectors, of eigenvalues that do not count, stay short.
+    gram.diagonal().add_(_LEAST_SHARE * gram.diagonal().sum() + TINY)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram), vectors.mT, upper=False).mT
