@@ -146,6 +146,19 @@ def test_not_finite_is_an_error():
         fitted(weight, inputs, targets).low_rank(2)
 
 
+def test_sums_that_rounding_left_indefinite_take_a_stronger_ridge():
+    """By more than the ridge, as those of 16 bits on a GPU are where nearly all energy has one direction."""
+    weight, inputs, targets = problem()
+    spoilt, damped = fitted(weight, inputs, targets), fitted(weight, inputs, targets, damping=0.1)
+    values, vectors = torch.linalg.eigh(gram(inputs))
+    mean = values.mean()
+    for refit in (spoilt, damped):
+        # The least eigenvalue becomes -0.05 of the mean one: a ridge of 0.001 or 0.01 does not lift it above zero.
+        refit._inputs -= (values[0] + 0.05 * mean) * torch.outer(vectors[:, 0], vectors[:, 0])
+    assert torch.linalg.eigvalsh(spoilt._inputs)[0] < -0.04 * mean
+    torch.testing.assert_close(spoilt.change(), damped.change())
+
+
 def test_subspace_iteration_finds_the_best_change_of_a_wide_layer():
     """Wide enough to leave the exact eigensolver: as good as the exact singular vectors."""
     generator = torch.Generator().manual_seed(0)

@@ -33,7 +33,7 @@ class OutputRefit:
 
     Args:
         weight: W, (E, H D), o_proj's weight.
-        damping: lam relative to the mean diagonal of Z Z^T.
+        damping: lam relative to the mean diagonal of Z Z^T; tenfold where the sums do not stay positive definite.
         device: where the sums live; default is the weight's device.
     """
 
@@ -67,7 +67,12 @@ class OutputRefit:
         if not (torch.isfinite(self._inputs).all() and torch.isfinite(self._cross).all()):
             raise ValueError("NaN or inf in the attention outputs of the grouped model.")
         if self._change is None:
-            self._change = torch.cholesky_solve(self._residual().T, torch.linalg.cholesky(self._damped())).T
+            damping, fails = self.damping, True
+            while fails:
+                # Where nearly all energy has one direction, rounding in float32 may be more than the ridge.
+                factor, fails = torch.linalg.cholesky_ex(self._damped(damping))
+                damping *= 10
+            self._change = torch.cholesky_solve(self._residual().T, factor).T
         return self._change
 
     def low_rank(self, rank: int, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -121,9 +126,9 @@ class OutputRefit:
         solution = self.weight + change
         return ((solution @ self._inputs) * solution).sum() - 2 * (solution * self._cross).sum()
 
-    def _damped(self) -> Tensor:
+    def _damped(self, damping: float) -> Tensor:
         damped = self._inputs.clone()
-        damped.diagonal().add_(self.damping * self._inputs.diagonal().mean().clamp_min(1e-30))
+        damped.diagonal().add_(damping * self._inputs.diagonal().mean().clamp_min(1e-30))
         return damped
 
     def _residual(self) -> Tensor:
