@@ -35,6 +35,8 @@ def initialize_asymgqa_weights(
     (device_map), at most two layers are there at a time. Small eigenproblems run on the CPU, in as many threads as
     torch may use. All LoRA of the adapter starts anew: a second call initialises again.
     Under grouping="neighbour" or "random" the adapter's groups, given ones included, are kept; otherwise searched.
+    What the adapter's choices do not need is not run: with such groups, merge="mean" and no refit the batches are not
+    read.
 
     With several ranks each passes its own batches; sums are reduced, so that all end with the same groups and weights.
 
@@ -53,7 +55,8 @@ def initialize_asymgqa_weights(
     streams = Streams(checked_batches(batches))
     walk = Walk(model, tuner, adapter_name, streams)
     walk.check_tokens()
-    check_memory(model, tuner, adapter_name, streams.batches)
+    if walk.reads_data:
+        check_memory(model, tuner, adapter_name, streams.batches)
     with evaluating(model), all_or_nothing(model, tuner, adapter_name):
         model.set_adapter(adapter_name)
         return walk.run(progress)
