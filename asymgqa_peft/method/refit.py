@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -147,9 +148,7 @@ def _top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
         with one_thread():
             return torch.linalg.eigh(symmetric)[1][:, -rank:]
     symmetric /= torch.linalg.matrix_norm(symmetric).clamp_min(TINY)
-    # Drawn on the CPU, so that every device starts alike.
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(len(symmetric), size, generator=generator, dtype=torch.float64).to(symmetric)
+    basis = _random_vectors(len(symmetric), size).to(symmetric)
     for _ in range(_STEPS):
         product = symmetric @ basis
         with one_thread():
@@ -159,6 +158,13 @@ def _top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
         # A GPU takes longer for a matrix of this size.
         vectors = torch.linalg.eigh((basis.T @ symmetric @ basis).cpu())[1]
     return basis @ vectors[:, -rank:].to(basis)
+
+
+@lru_cache(maxsize=1)
+def _random_vectors(length: int, count: int) -> Tensor:
+    """The same (length, count) each time, in float64; drawn on the CPU, so that every device starts alike."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(length, count, generator=generator, dtype=torch.float64)
 
 
 def _well_conditioned(vectors: Tensor) -> Tensor:
