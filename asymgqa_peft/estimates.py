@@ -222,48 +222,60 @@ def initialization_need(
 
     The moments of a layer that may be the fullest, as `asymgqa_peft.initialize.walk` comes to them:
 
-    - converted stream: beside two streams the attention's output, with its LoRA's float32 path.
     - targets: two streams of hidden states and the targets, and the activations of one MLP or attention.
     - refit, first batch: those three, the sums, and the products and attention outputs that are added to them.
-    - refit, solved twice: of (H D, H D) the inputs' sums and their ridge's Cholesky factor, each before and with the
-      value mix (4), of (E, H D) weight, sums, residual, change and the solver's copies (7); or, while eigenvectors are
-      sought, two, five, and three of (E, E).
-    - without a refit, the roots and weighted covariance of the values: eight of (K D, K D). A GPU computes those of
-      the next layer beside the targets, and main memory holds two layers' moments, which are being searched.
+    - refit, solved twice, beside two streams and o_proj's inputs in the place of the targets: while the value mix goes
+      into the sums, four of (H D, H D) and four of (E, H D); while it is solved, two and six; while eigenvectors are
+      sought, one, three, and two of (E, E).
+    - converted stream: beside the same the output projection, with its LoRA's float32 path, or the MLP.
+    - statistics: sums, roots and weighted covariance of the values, four of (K D, K D); then the merge, of which that
+      sum is kept. A GPU does so for the next layer beside the refit, and main memory holds two layers' moments, which
+      are being searched.
+
+    Without a refit the original's stream is the only one.
     """
     item, hidden, queries, on_cpu = sizes.itemsize, sizes.hidden, sizes.queries, gpu_free is None
-    streams = 3 * tokens * hidden * item
+    streams = streams_kept(refits) * tokens * hidden * item
     lie_here = on_cpu or streams_on_gpu(streams, gpu_free)
-    stream = streams // 3 if lie_here else 0
+    stream = tokens * hidden * item if lie_here else 0
     # Products of 16 bits are exact in float32, which a GPU multiplies without a cast.
     product = SINGLE if item == 2 else EXACT
     cast = product if on_cpu or item > 2 else 0
     widest = sizes.mlp // sizes.readers
     # LoRA's input and its output, before and after its scaling and added up, in float32.
-    lora = item * (4 * queries + 3 * hidden) + SINGLE * (queries + 3 * hidden)
+    lora = item * (2 * queries + 3 * hidden) + SINGLE * (queries + 3 * hidden)
     forward = item * (max(sizes.mlp + widest, 6 * queries) + 3 * hidden)
     inputs, outputs, square = EXACT * queries**2, EXACT * hidden * queries, EXACT * hidden**2
     values = EXACT * sizes.keys**2
+    statistics = max(4 * values, values + 2 * EXACT * sizes.keys * hidden)
     # In float64, and in float32 for the search.
     moments = values + values // 2
-    moments_of_layer = [2 * stream + batch * lora, 3 * stream + batch * forward, 2 * stream + 8 * values]
-    if not on_cpu:
-        # Of two layers that are merged in the meantime: K or V of the base, its shared heads, what lies between.
-        merged = 2 * 3 * EXACT * sizes.keys * hidden
-        moments_of_layer.append(3 * stream + merged + max(batch * forward, 8 * values))
     if refits:
         attention = item * 6 * queries + cast * (hidden + queries)
         sums = inputs + 2 * outputs + product * (queries + hidden) * queries
-        moments_of_layer += [
-            3 * stream + sums + batch * attention,
-            2 * stream + max(4 * inputs + 7 * outputs, 2 * inputs + 5 * outputs + 3 * square),
-        ]
+        solve = max(4 * (inputs + outputs), 2 * inputs + 6 * outputs, inputs + 3 * outputs + 2 * square)
+        attended = stream // hidden * queries
+        beside = 0 if on_cpu else statistics
+        fullest = max(
+            2 * stream + statistics,
+            3 * stream + batch * forward,
+            3 * stream + sums + batch * attention + beside,
+            2 * stream + attended + solve + beside,
+            2 * stream + attended + batch * max(lora, forward) + beside,
+        )
+    else:
+        fullest = stream + max(statistics, batch * forward)
     main = SINGLE * trained
     if not on_cpu:
         main += 2 * moments + CUDA_KERNELS
     if not lie_here:
         main += streams
-    return Need(max(moments_of_layer), main)
+    return Need(fullest, main)
+
+
+def streams_kept(converts: bool) -> int:
+    """Hidden states that are kept of each calibration token: the original's, the converted model's and the targets."""
+    return 3 if converts else 1
 
 
 def streams_on_gpu(streams: int, free: int) -> bool:

@@ -50,7 +50,9 @@ def draw(args: argparse.Namespace) -> list[Path]:
         raise ValueError(f"--losses: {len(args.losses)} files have {len(curves)} names: give each its own.")
     written = []
     if args.report:
-        written += draw_heads(report, args.layer, args.output)
+        if report.similarity_before:
+            # Choices that need no statistics leave none to draw.
+            written += draw_heads(report, args.layer, args.output)
         written += plot_groups(report, args.output / "groups")
     if args.quality:
         written += plot_quality(points, args.output / "quality")

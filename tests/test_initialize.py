@@ -20,7 +20,7 @@ import asymgqa_peft
 from asymgqa_peft import InitializationReport, initialize_asymgqa_weights
 from asymgqa_peft.adapter.site import attention_sites, unwrap
 from asymgqa_peft.groups import HeadGroups
-from asymgqa_peft.heads import SharedShape
+from asymgqa_peft.heads import SharedShape, mean_heads
 from asymgqa_peft.initialize import walk as module
 from asymgqa_peft.initialize.streams import Streams, recording
 from asymgqa_peft.method.merge import merge_layer
@@ -120,6 +120,20 @@ def test_refit_is_solved_on_the_converted_stream(name):
     change = lora.get_delta_weight("default").double()
     assert (change - expected).norm() < 1e-3 * expected.norm()
     assert refit.objective(change) < refit.objective(0 * change)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_converted_stream_is_that_of_the_converted_model(name, monkeypatch):
+    """Its attention runs once, for the refit: what is computed from its kept outputs is what the model computes."""
+    streams = Streams([{"input_ids": batch} for batch in IDS.split(8)])
+    monkeypatch.setattr(asymgqa_peft.initialize, "Streams", lambda batches: streams)
+    groups = {"num_key_value_heads": len(CASES[name].groups[0]), "head_groups": CASES[name].groups}
+    model, _ = initialised(name, grouping="neighbour", head_dim=CASES[name].head_dim, **groups)
+    last = unwrap(model).get_submodule(attention_sites(model)[-1].layer_name)
+    with recording({}, {"entering": last}) as record, torch.no_grad():
+        for batch, hidden in zip(IDS.split(8), streams.current, strict=True):
+            model(input_ids=batch)
+            torch.testing.assert_close(hidden, record["entering"], rtol=1e-4, atol=1e-4)
 
 
 def test_the_weights_are_those_of_the_merge():
@@ -461,6 +475,51 @@ def test_ranks_end_alike_and_as_one_process_does(world, tmp_path):
                 assert (tensors[name] == results[0][1][name]).all(), name
                 scale = parameter.abs().max().item() + 1e-6
                 assert abs(tensors[name] - parameter.detach().numpy()).max() < 1e-2 * scale, name
+
+
+NEEDS_NO_DATA = {"grouping": "neighbour", "merge": "mean", "refit_output": False}
+
+
+@pytest.mark.parametrize(
+    ("choices", "attentions", "mlps"),
+    [
+        # Of two layers and two batches; of the first batch, the first layer runs to find out what layers return.
+        ({}, [1 + 2 + 2 + 2, 2 + 2 + 2], [1 + 2 + 2, 0]),  # statistics, targets, refit; targets, converted stream
+        ({"refit_output": False}, [1 + 2 + 2, 2], [1 + 2, 0]),
+        ({"grouping": "neighbour", "merge": "mean"}, [1 + 2 + 2, 2 + 2], [1 + 2 + 2, 0]),
+        (NEEDS_NO_DATA, [0, 0], [0, 0]),
+        (NEEDS_NO_DATA | {"grouping": "random"}, [0, 0], [0, 0]),
+    ],
+)
+def test_nothing_runs_that_no_choice_needs(choices, attentions, mlps):
+    model, runs = wrapped(**choices), {"key": [0, 0], "mlp": [0, 0]}
+    for site in attention_sites(model):
+        layer = unwrap(model).get_submodule(site.layer_name)
+        for name, inner in (("key", site.key), ("mlp", layer.mlp)):
+
+            def count(*_, name=name, index=site.layer) -> None:
+                runs[name][index] += 1
+
+            inner.register_forward_pre_hook(count)
+    report = initialize_asymgqa_weights(model, IDS.split(8), progress=False)
+    assert runs == {"key": attentions, "mlp": mlps}
+    assert report.tokens == (IDS.numel() if any(attentions) else 0)
+    assert {"capture", "statistics", "refit"}.isdisjoint(report.seconds) == (not any(attentions))
+
+
+def test_a_report_without_statistics_says_so(tmp_path):
+    """The groups are those of the configuration, the heads their means; costs are left out, not made up."""
+    model, report = initialised(**NEEDS_NO_DATA)
+    assert report.head_groups == HeadGroups.neighbour(2, 8, 3).to_lists()
+    assert report.costs == report.neighbour_costs == report.similarity_before == report.similarity_after == []
+    assert any("no costs and no similarities" in note for note in report.notes)
+    report.save(tmp_path / "report.json")
+    assert InitializationReport.load(tmp_path / "report.json") == report
+    for site in attention_sites(model):
+        expected = mean_heads(site.weights(), report.head_groups[site.layer], SharedShape.of_width(site.shape))
+        torch.testing.assert_close(site.key.lora_kv["default"].weight, expected.key.flatten(0, 1))
+    _, refitted = initialised(**NEEDS_NO_DATA | {"refit_output": True})
+    assert refitted.costs == [] and refitted.tokens == IDS.numel()
 
 
 def test_every_lora_but_the_refit_starts_at_zero():

@@ -37,6 +37,8 @@ def initialize_asymgqa_weights(
     torch may use; where a launcher of several processes left it only one, in as many as there are cores for each. All
     LoRA of the adapter starts anew: a second call initialises again.
     Under grouping="neighbour" or "random" the adapter's groups, given ones included, are kept; otherwise searched.
+    What the adapter's choices do not need is not run: with such groups, merge="mean" and no refit the batches are not
+    read.
 
     With several ranks each passes its own batches; sums are reduced, so that all end with the same groups and weights.
 
@@ -55,7 +57,8 @@ def initialize_asymgqa_weights(
     streams = Streams(checked_batches(batches))
     walk = Walk(model, tuner, adapter_name, streams)
     walk.check_tokens()
-    check_memory(model, tuner, adapter_name, streams.batches)
+    if walk.reads_data:
+        check_memory(model, tuner, adapter_name, streams.batches)
     with evaluating(model), all_or_nothing(model, tuner, adapter_name), share_of_cores():
         model.set_adapter(adapter_name)
         return walk.run(progress)

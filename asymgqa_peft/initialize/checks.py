@@ -83,7 +83,7 @@ def all_or_nothing(model: PeftModel, tuner: AsymGQAModel, adapter_name: str) -> 
     config, layouts = tuner.peft_config[adapter_name], [site.layout(adapter_name) for site in tuner.sites]
     groups = [(layout.partition, layout.shape.frequencies) for layout in layouts]
     head_groups, initialized = config.head_groups, config.initialized
-    before = {name: tensor.detach().cpu().clone() for name, tensor in _adapter_tensors(model, adapter_name)}
+    before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _adapter_tensors(model, adapter_name)}
     with ExitStack() as restored:
         for parameter in model.parameters():
             restored.callback(parameter.requires_grad_, parameter.requires_grad)

@@ -18,13 +18,14 @@ class InitializationReport:
     Attributes:
         head_groups: groups of base KV heads, per layer.
         grouping, criterion, merge: the adapter's choices.
-        costs: summed cost of the groups, per layer, in the unit of `asymgqa_peft.method.costs.group_costs`.
+        costs: summed cost of the groups, per layer, in the unit of `asymgqa_peft.method.costs.group_costs`. Empty, as
+            the next three, where no choice needs the statistics that they come from.
         neighbour_costs: the same of contiguous groups.
         similarity_before: per layer (K, K), mean cosine of two heads' keys and values as they are.
         similarity_after: per layer (K, K), how alike two heads are in the best bases; 1 is lossless sharing.
-        tokens: tokens read, on all ranks, padding excluded.
+        tokens: tokens read, on all ranks, padding excluded; 0 where no choice needs data.
         seconds: wall time per stage. A search uses the CPU: on a GPU it runs beside the stages before it,
-            "converted stream" and "targets", and "search" is what had to be waited for.
+            "refit", "converted stream" and "targets", and "search" is what had to be waited for.
         search_seconds: what all searches took, waited for or not.
         peak_memory: bytes, the highest of a CUDA device, or of the process where none is used.
         notes: what could not be done, in sentences.

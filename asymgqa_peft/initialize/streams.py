@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.offload import device_of, in_place
-from ..estimates import free_memory, streams_on_gpu
+from ..estimates import free_memory, streams_kept, streams_on_gpu
 
 
 class Stop(Exception):
@@ -33,9 +33,12 @@ class Streams:
         self.current: list[Tensor] = []
         self.storage = torch.device("cpu")
 
-    def capture(self, model: nn.Module, layers: list[nn.Module]) -> None:
+    def capture(self, model: nn.Module, layers: list[nn.Module], converts: bool) -> None:
         """Run every batch through the original model, up to its last layer: the first one in full, which tells what
-        layers return, and the others past the layers, since only the arguments of the layers are wanted."""
+        layers return, and the others past the layers, since only the arguments of the layers are wanted.
+
+        The stream of the converted model begins as well if something ``converts``.
+        """
 
         def keep(index: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -44,7 +47,7 @@ class Streams:
             if index == 0:
                 if not self.original:
                     tokens = sum(batch["input_ids"].numel() for batch in self.batches)
-                    self.storage = _storage_of_streams(hidden, tokens)
+                    self.storage = _storage_of_streams(hidden, tokens * streams_kept(converts))
                 self.original.append(self.stored(hidden))
             # The last layer's arguments are kept: nothing more is wanted of this forward.
             if index == len(layers) - 1:
@@ -62,7 +65,8 @@ class Streams:
                 except Stop:
                     continue
                 raise ValueError("the model's forward does not run all of its attention layers: it is not supported.")
-        self.current = list(self.original)
+        if converts:
+            self.current = list(self.original)
 
     def stored(self, hidden: Tensor) -> Tensor:
         """Hidden states where they lie between layers."""
@@ -99,19 +103,33 @@ def _passing_by(layers: list[nn.Module]) -> Iterator[None]:
 
     with ExitStack() as restored:
         for layer in layers:
-            own = vars(layer).get("forward")  # accelerate's, on a model spread over devices
-            if own is not None:
-                restored.callback(setattr, layer, "forward", own)
-            restored.callback(vars(layer).pop, "forward", None)
+            _put_forward_back(restored, layer)
             layer.forward = partial(passing, layer.forward, [])
         yield
 
 
+@contextmanager
+def attention_known(attention: nn.Module, output: Callable[[], Tensor]) -> Iterator[None]:
+    """The attention does not run: it returns what `output` gives, and None for the weights, which no layer reads."""
+    with ExitStack() as restored:
+        _put_forward_back(restored, attention)
+        attention.forward = lambda *args, **kwargs: (output(), None)
+        yield
+
+
+def _put_forward_back(restored: ExitStack, module: nn.Module) -> None:
+    """At the end a module's forward is what it is now."""
+    own = vars(module).get("forward")  # accelerate's, on a model spread over devices
+    if own is not None:
+        restored.callback(setattr, module, "forward", own)
+    restored.callback(vars(module).pop, "forward", None)
+
+
 def _storage_of_streams(hidden: Tensor, tokens: int) -> torch.device:
-    """Where hidden states of so many tokens lie between layers: on their GPU if three take half of what is free."""
+    """Where hidden states of so many tokens lie between layers: on their GPU if they take half of what is free."""
     if not hidden.is_cuda:
         return torch.device("cpu")
-    needed = 3 * tokens * hidden.shape[-1] * hidden.itemsize
+    needed = tokens * hidden.shape[-1] * hidden.itemsize
     return hidden.device if streams_on_gpu(needed, free_memory(hidden.device)) else torch.device("cpu")
 
 

@@ -5,28 +5,32 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from threading import get_ident
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..adapter.checks import largest_group
 from ..adapter.model import AsymGQAModel
-from ..adapter.offload import in_place
+from ..adapter.offload import device_of, in_place
 from ..adapter.site import AttentionSite, base_layer
+from ..adapter.slots import HeadMix
 from ..groups import split_evenly
 from ..heads import AttentionWeights, SharedHeads, SharedShape
 from ..method.costs import group_costs, head_similarity, pair_costs
 from ..method.frequencies import next_eigenvalues, widened_frequencies
-from ..method.merge import merge_layer, merge_notes
+from ..method.merge import merge_layer, merge_notes, rules_for
 from ..method.norms import divisor_spread
 from ..method.refit import OutputRefit
 from ..method.search import SearchResult, search_partition
@@ -34,7 +38,7 @@ from ..method.statistics import LayerMoments, LayerStatistics, sum_over_ranks
 from ..method.threads import use_threads
 from .checks import check_finite
 from .report import InitializationReport
-from .streams import Stop, Streams, hooks_removed, recording
+from .streams import Stop, Streams, attention_known, hooks_removed, recording
 
 SEARCHES = 2
 """Layers whose groups are searched at a time beside a GPU: one alone leaves cores idle between its rounds."""
@@ -45,11 +49,14 @@ NEGLIGIBLE_SPREAD = 1e-3
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer's statistics lead to: groups, how alike heads are before and after, (K, K) each, shared heads."""
+    """What a layer's statistics lead to: groups, how alike heads are before and after, (K, K) each, shared heads.
 
-    found: SearchResult
-    similarity: tuple[Tensor, Tensor]
+    Heads that need no statistics are given alone.
+    """
+
     heads: SharedHeads
+    found: SearchResult | None = None
+    similarity: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,32 @@ class Walk:
         self.notes: dict[str, list[int]] = defaultdict(list)
         # Of queries and of keys, by layer; empty where there are no norms.
         self.divisor_spreads: list[tuple[float, float]] = []
+        # By layer; empty where no statistics are taken.
+        self.found: list[SearchResult] = []
+        self.similarities: list[tuple[Tensor, Tensor]] = []
+        self._plan()
+
+    def _plan(self) -> None:
+        """What the choices need: nothing else is run. Of each stream the last layer that it has to reach, or -1."""
+        last, refitted = len(self.sites) - 1, [site.layer for site in self.sites if not self._no_refit(site)]
+        is_searched = self.config.grouping in ("symmetric", "asymmetric")
+        needs_data = any(rule.needs_data for rule in rules_for(self.config.merge, self.shape))
+        self.takes_statistics = is_searched or needs_data or self._has_free_frequencies()
+        self.compares_norms = self.shape.norm_span is not None and self.config.merge != "mean"
+        self.refitted = refitted
+        self.original_end = last if self.takes_statistics else max(refitted, default=-1)
+        self.converted_end = last if self.compares_norms else max(refitted, default=-1)
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether anything is chosen by what the batches say."""
+        return self.original_end >= 0
 
     def check_tokens(self) -> None:
         """Raise ValueError, on all ranks alike, if a rank has no batch or the data cannot tell the heads apart."""
-        tokens = 0
+        tokens = self.tokens = 0
+        if not self.reads_data:
+            return
         for batch, mask in zip(self.streams.batches, self.streams.masks, strict=True):
             tokens += batch["input_ids"].numel() if mask is None else int(mask.bool().sum())
         counts = torch.tensor([float(bool(self.streams.batches)), float(tokens)], dtype=torch.float64)
@@ -106,23 +135,21 @@ class Walk:
         """Walk all layers; the model holds the result."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        with self._timed("capture"), self.model.disable_adapter():
-            self.streams.capture(self.tuner.model, self.layers)
+        if self.reads_data:
+            with self._timed("capture"), self.model.disable_adapter():
+                self.streams.capture(self.tuner.model, self.layers, converts=self.converted_end >= 0)
         self._restart_lora()
         self._choose_frequencies()
-        costs, neighbour_costs, before, after = [], [], [], []
         bar = tqdm(self.sites, desc="initialising layers", unit="layer", disable=not progress or _rank() != 0)
         with ThreadPoolExecutor(SEARCHES, initializer=use_threads, initargs=(torch.get_num_threads(),)) as beside:
             study = None
             for site in bar:
                 # A layer that is offloaded is loaded for its whole turn, not for each batch.
                 with in_place(self.layers[site.layer].modules()):
-                    study, found, similarity = self._convert(site, study or self._study(site, beside), beside)
-                costs.append(found.cost)
-                neighbour_costs.append(found.neighbour_cost)
-                before.append(similarity[0].tolist())
-                after.append(similarity[1].tolist())
-                bar.set_postfix(cost=f"{found.cost:.4f}", neighbour=f"{found.neighbour_cost:.4f}")
+                    study = self._convert(site, study or self._study(site, beside), beside)
+                if self.found:
+                    found = self.found[-1]
+                    bar.set_postfix(cost=f"{found.cost:.4f}", neighbour=f"{found.neighbour_cost:.4f}")
         self.tuner.record_head_groups(self.adapter)
         self.config.initialized = True
         return InitializationReport(
@@ -130,15 +157,15 @@ class Walk:
             grouping=self.config.grouping,
             criterion=self.config.criterion,
             merge=self.config.merge,
-            costs=costs,
-            neighbour_costs=neighbour_costs,
-            similarity_before=before,
-            similarity_after=after,
+            costs=[found.cost for found in self.found],
+            neighbour_costs=[found.neighbour_cost for found in self.found],
+            similarity_before=[before.tolist() for before, _ in self.similarities],
+            similarity_after=[after.tolist() for _, after in self.similarities],
             tokens=self.tokens,
             seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             search_seconds=round(self.search_seconds, 3),
             peak_memory=peak_memory(),
-            notes=[f"layers {_ranges(layers)}: {note}" for note, layers in self.notes.items()] + self._norm_notes(),
+            notes=[f"layers {_ranges(layers)}: {note}" for note, layers in self.notes.items()] + self._other_notes(),
         )
 
     def _restart_lora(self) -> None:
@@ -155,8 +182,10 @@ class Walk:
                 if layer not in outputs:
                     layer.set_adapter([])
 
-    def _norm_notes(self) -> list[str]:
-        """What the norms of shared heads do otherwise than those of the base's heads, in a sentence."""
+    def _other_notes(self) -> list[str]:
+        """What was not measured, or what the norms of shared heads do otherwise than the base's, in a sentence."""
+        if not self.takes_statistics:
+            return ["no costs and no similarities: groups and heads were chosen without statistics."]
         if not any(max(spreads) > NEGLIGIBLE_SPREAD for spreads in self.divisor_spreads):
             return []
         ranges = []
@@ -167,25 +196,29 @@ class Walk:
             f"tokens: {', '.join(ranges)} by layer); training makes up for it."
         ]
 
+    def _has_free_frequencies(self) -> bool:
+        """Whether the width leaves open which frequencies some dimensions turn at."""
+        return self.shared_shape.head_dim % self.shape.head_dim != 0 and bool(self.shared_shape.frequencies)
+
     def _choose_frequencies(self) -> None:
         """Give the dimensions of a width that is no multiple of the base's to the frequencies of most energy.
 
         All layers turn at the same frequencies, so a walk of its own along the original stream collects, at the
         largest multiple, what one more pair of each frequency would keep.
         """
-        base, wanted = self.shape, self.shared_shape
-        if wanted.head_dim % base.head_dim == 0 or not wanted.frequencies:
+        if not self._has_free_frequencies():
             return
+        base, wanted = self.shape, self.shared_shape
         self.shared_shape = SharedShape.of_width(base, wanted.head_dim // base.head_dim * base.head_dim)
         streams = self.streams
         start, energies = list(streams.original), []
         with self._timed("frequencies"):
             for site in self.sites:
                 with in_place(self.layers[site.layer].modules()):
-                    moments = self._moments(site, site.weights())
+                    moments = self._statistics(site).moments(site.weights().output).to("cpu")
                     found, _ = self._search(moments, site.layer)
                     energies.append(next_eigenvalues(moments, found.partition, self.shared_shape))
-                    with self.model.disable_adapter():
+                    with _as_base(self.layers[site.layer]):
                         self._advance(site.layer, streams.original)
         streams.original = start
         frequencies = widened_frequencies(energies, self.shared_shape, len(wanted.frequencies))
@@ -196,44 +229,51 @@ class Walk:
         with _naming(site), in_place(self.layers[site.layer].modules()):
             weights = site.weights()
             check_finite(weights)
-            with self._timed("statistics"):
-                moments = self._moments(site, weights)
-            study = Study(weights, beside.submit(self._choose, site, moments, weights))
+            statistics = None
+            if self.takes_statistics:
+                with self._timed("statistics"):
+                    statistics = self._statistics(site)
+            study = Study(weights, beside.submit(self._choose, site, statistics, weights))
             if not study.on_gpu:
                 # The streams would need the same cores.
                 with self._timed("search"):
                     wait([study.choice])
         return study
 
-    def _choose(self, site: AttentionSite, moments: LayerMoments, weights: AttentionWeights) -> Choice:
+    def _choose(self, site: AttentionSite, statistics: LayerStatistics | None, weights: AttentionWeights) -> Choice:
         """Groups and shared heads of one layer; on a stream of its own, where waiting stops no other work."""
+        shape, merge = self.shared_shape, self.config.merge
         stream = nullcontext()
         if weights.output.is_cuda:
             # A thread begins on the first GPU, where every rank would take up memory.
             torch.cuda.set_device(weights.output.device)
-            stream = torch.cuda.stream(torch.cuda.Stream(weights.output.device))
+            stream = torch.cuda.stream(_stream_of(get_ident(), weights.output.device))
         with torch.no_grad(), stream:
-            found, similarity = self._search(moments, site.layer)
-            heads = merge_layer(moments, weights, found.partition, self.shared_shape, self.config.merge)
+            if statistics is None:
+                choice = Choice(merge_layer(None, weights, site.layout(self.adapter).partition, shape, merge))
+            else:
+                moments = statistics.moments(weights.output).to("cpu")
+                found, similarity = self._search(moments, site.layer)
+                choice = Choice(merge_layer(moments, weights, found.partition, shape, merge), found, similarity)
             if weights.output.is_cuda:
                 torch.cuda.current_stream().synchronize()
-        return Choice(found, similarity, heads)
+        return choice
 
-    def _convert(
-        self, site: AttentionSite, study: Study, beside: Executor
-    ) -> tuple[Study | None, SearchResult, tuple[Tensor, Tensor]]:
-        """Write and refit one layer's shared heads; the next layer's study if it has begun, and what `_search` found.
+    def _convert(self, site: AttentionSite, study: Study, beside: Executor) -> Study | None:
+        """Write and refit one layer's shared heads, and go on to the next; its study if that has begun.
 
-        A GPU advances both streams and takes the next layer's statistics while this layer's groups are searched.
+        A GPU takes the next layer's statistics before it needs this layer's groups, and refits and advances both
+        streams while the next layer's are searched.
         """
-        index, streams, following = site.layer, self.streams, None
+        index, streams = site.layer, self.streams
+        following = targets = attended = None
         with _naming(site):
-            if index:
-                with self._timed("converted stream"):
-                    self._advance(index - 1, streams.current)
-                    del streams.calls[index - 1]
-            with self._timed("targets"):
-                targets = self._targets(site)
+            if index in self.refitted:
+                with self._timed("targets"):
+                    targets = self._targets(site)
+            elif index < self.original_end:
+                with self._timed("original stream"), _as_base(self.layers[index]):
+                    self._advance(index, streams.original)
             if study.on_gpu and site is not self.sites[-1]:
                 following = self._study(self.sites[index + 1], beside)
             with self._timed("search"):
@@ -242,24 +282,39 @@ class Walk:
                 site.write(self.adapter, choice.heads)
                 for note in merge_notes(site.shape, self.config.merge):
                     self.notes[note].append(index)
-                if site.shape.norm_span is not None and self.config.merge != "mean":
+                if self.compares_norms:
                     self.divisor_spreads.append(self._divisor_spreads(site))
-            with self._timed("refit"):
-                self._refit(site, study.weights.output, targets)
-        return following, choice.found, choice.similarity
+            if targets is not None:
+                with self._timed("refit"):
+                    attended = self._refit(site, study.weights.output, targets)
+            else:
+                self.notes[self._no_refit(site)].append(index)
+            if index < self.converted_end:
+                with self._timed("converted stream"):
+                    self._advance(index, streams.current, attended)
+            streams.calls.pop(index, None)
+        if choice.found is not None:
+            self.found.append(choice.found)
+            self.similarities.append(choice.similarity)
+        return following
 
-    def _advance(self, index: int, stream: list[Tensor]) -> None:
-        """Advance a stream by one layer."""
-        with in_place(self.layers[index].modules()):
-            for batch, call in self.streams.run_layer(self.layers[index], index, stream):
+    def _advance(self, index: int, stream: list[Tensor], attended: Callable[[int], Tensor] | None = None) -> None:
+        """Advance a stream by one layer; its attention does not run if it is known what enters o_proj, per batch."""
+        layer, site = self.layers[index], self.sites[index]
+        known = nullcontext()
+        if attended is not None:
+            # Past the hook that gathers slots: these are gathered.
+            known = attention_known(site.attention, lambda: site.output.forward(attended(batch)))
+        with in_place(layer.modules()), known:
+            for batch, call in self.streams.run_layer(layer, index, stream):
                 stream[batch] = self.streams.stored(call())
 
-    def _moments(self, site: AttentionSite, weights: AttentionWeights) -> LayerMoments:
-        """The layer's statistics on the original stream, on the CPU; projections run, attention and MLP do not."""
-        statistics = LayerStatistics(site.shape, weights.output.device)
-        sources = site.sources()
-        with self.model.disable_adapter(), recording(sources, stops=True) as record:
-            for batch, call in self.streams.run_layer(self.layers[site.layer], site.layer, self.streams.original):
+    def _statistics(self, site: AttentionSite) -> LayerStatistics:
+        """The layer's statistics on the original stream; projections run, attention and MLP do not."""
+        layer, device, sources = self.layers[site.layer], device_of(site.attention), site.sources()
+        statistics = LayerStatistics(site.shape, device)
+        with _as_base(layer), recording(sources, stops=True) as record:
+            for batch, call in self.streams.run_layer(layer, site.layer, self.streams.original):
                 record.clear()
                 with suppress(Stop):
                     call()
@@ -268,14 +323,17 @@ class Walk:
                     break
                 statistics.update(**site.heads_of_outputs(record), mask=self.streams.masks[batch])
         statistics.reduce()
-        return statistics.moments(weights.output).to("cpu")
+        if device.type == "cuda":
+            # Another thread goes on with them.
+            torch.cuda.current_stream(device).synchronize()
+        return statistics
 
     def _divisor_spreads(self, site: AttentionSite) -> tuple[float, float]:
         """How much the divisors of fitted queries and shared keys differ from their heads' own, on the first batch."""
         rows, sources = [], site.sources()
         for adapter in (None, self.adapter):
-            beside = self.model.disable_adapter() if adapter is None else nullcontext()
-            with beside, recording(sources, stops=True) as record:
+            mode = _as_base(self.layers[site.layer]) if adapter is None else nullcontext()
+            with mode, recording(sources, stops=True) as record:
                 for _, call in self.streams.run_layer(self.layers[site.layer], site.layer, self.streams.current):
                     with suppress(Stop):
                         call()
@@ -294,11 +352,14 @@ class Walk:
         return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
 
     def _targets(self, site: AttentionSite) -> list[Tensor]:
-        """Advance the original stream by one layer; what the refit aims at, per batch."""
+        """Advance the original stream by one layer if that is read again; what the refit aims at, per batch."""
         streams, bias, targets = self.streams, base_layer(site.output).bias, []
-        with self.model.disable_adapter(), recording({"output": site.output}) as record:
-            for batch, call in streams.run_layer(self.layers[site.layer], site.layer, streams.original):
-                entering, streams.original[batch] = streams.original[batch], streams.stored(call())
+        layer, is_end = self.layers[site.layer], site.layer == self.original_end
+        with _as_base(layer), recording({"output": site.output}, stops=is_end) as record:
+            for batch, call in streams.run_layer(layer, site.layer, streams.original):
+                entering = streams.original[batch]
+                with suppress(Stop):
+                    streams.original[batch] = streams.stored(call())
                 target = record["output"]
                 if bias is not None:
                     target = target - bias
@@ -345,18 +406,22 @@ class Walk:
         self.search_seconds += time.perf_counter() - start
         return found, similarity
 
-    def _refit(self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor | None]) -> None:
-        """Start o_proj's LoRA from the least-squares fit of the targets on the converted stream; uses them up."""
-        if reason := self._no_refit(site):
-            self.notes[reason].append(site.layer)
-            return
+    def _refit(
+        self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor | None]
+    ) -> Callable[[int], Tensor]:
+        """Start o_proj's LoRA from the least-squares fit of the targets on the converted stream; uses them up.
+
+        Returns:
+            What gives o_proj's inputs of a batch, once each.
+        """
         refit = OutputRefit(output_weight)
         layer, streams = self.layers[site.layer], self.streams
+        inputs, turn = targets, None
 
         def collect(_module: nn.Module, args: tuple) -> None:
             refit.update(args[0], targets[batch], streams.masks[batch])
-            # Its memory is needed to solve.
-            targets[batch] = None
+            # In the place of its target, which is done with.
+            inputs[batch] = streams.stored(args[0])
             raise Stop
 
         output = base_layer(site.output)
@@ -373,14 +438,26 @@ class Walk:
         rank, scaling = lora.r[self.adapter], lora.scaling[self.adapter]
         factors = refit.low_rank(rank, scaling)
         if self.adapter in site.value.lora_value_mix:
+            unmixed = refit.objective(_product(factors, scaling))
             mix = refit.output_mix(site.shape.num_attention_heads)
-            mixed = refit.with_output_mix(mix)
-            mixed_factors = mixed.low_rank(rank, scaling)
+            # In the place of the sums that are done with: their memory is needed to solve again.
+            refit = refit.with_output_mix(mix)
+            mixed_factors = refit.low_rank(rank, scaling)
             # Two ridges in a row may end worse than one: take what fits better.
-            if mixed.objective(_product(mixed_factors, scaling)) < refit.objective(_product(factors, scaling)):
+            if refit.objective(_product(mixed_factors, scaling)) < unmixed:
                 site.compose_value_mix(self.adapter, mix)
+                turn = HeadMix(*mix.shape, device=mix.device, dtype=lora.lora_B[self.adapter].weight.dtype)
+                turn.write(mix, site.layout(self.adapter))
                 factors = mixed_factors
         _write_lora(lora, self.adapter, factors)
+
+        def attended(batch: int) -> Tensor:
+            heads, inputs[batch] = inputs[batch].to(refit.weight.device, non_blocking=True), None
+            if turn is None:
+                return heads
+            return turn(heads.unflatten(-1, (site.shape.num_attention_heads, -1))).flatten(-2)
+
+        return attended
 
     def _no_refit(self, site: AttentionSite) -> str | None:
         if not self.config.refit_output:
@@ -401,6 +478,19 @@ class Walk:
 
 
 @contextmanager
+def _as_base(layer: nn.Module) -> Iterator[None]:
+    """The layer computes what it does in the base; PEFT's `disable_adapter` would look through the whole model."""
+    wrappers = [m for m in layer.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    try:
+        for wrapper in wrappers:
+            wrapper.enable_adapters(False)
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.enable_adapters(True)
+
+
+@contextmanager
 def _naming(site: AttentionSite) -> Iterator[None]:
     """Name the layer in a ValueError that does not name one."""
     try:
@@ -409,6 +499,12 @@ def _naming(site: AttentionSite) -> Iterator[None]:
         if str(error).startswith("layer "):
             raise
         raise ValueError(f"layer {site.layer}: {error}") from error
+
+
+@cache
+def _stream_of(_thread: int, device: torch.device) -> torch.cuda.Stream:
+    """A thread's own stream: always the same one, because only on it memory that was freed there is used again."""
+    return torch.cuda.Stream(device)
 
 
 def peak_memory() -> int:

@@ -78,9 +78,8 @@ def _with_keys(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, weigh
     folded = None
     if base.norm_span is not None:
         folded = fold_scales(moments, weights)
-        key = key * folded.key_rows[..., None]
     query_gain = key.new_ones(base.num_attention_heads, len(shape.frequencies), dtype=torch.complex128)
-    query_mix = key.new_zeros(base.num_attention_heads, shape.pass_dim, base.pass_dim)
+    query_mix = key.new_zeros(base.num_attention_heads, shape.pass_dim, base.pass_dim, dtype=torch.float64)
 
     def maps(group: Group) -> tuple[Maps, Maps | None]:
         members = torch.tensor([group], device=moments.key_gram.device)
@@ -93,7 +92,9 @@ def _with_keys(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, weigh
     rows, rotary_maps = [], []
     for group, (rotary, passing) in zip(heads.partition, map_in_threads(maps, heads.partition), strict=True):
         rotary_maps.append(rotary)
-        queries, members = query_heads(group, base.queries_per_kv), key[list(group)]
+        queries, members = query_heads(group, base.queries_per_kv), key[list(group)].double()
+        if folded is not None:
+            members = members * folded.key_rows[list(group)][..., None]
         encode, decode = rotary
         real, imaginary = members[:, list(shape.rotary_sources)].chunk(2, dim=1)
         turned = torch.einsum("jn,nje->je", encode, torch.complex(real.contiguous(), imaginary.contiguous()))
@@ -124,7 +125,7 @@ def _with_values(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, wei
     """The heads with values and value mixes by the rule."""
     shape, base = heads.shape, heads.shape.base
     value = _rows_of_heads(weights.value, weights.value_bias, base)
-    value_mix = value.new_zeros(base.num_attention_heads, base.head_dim, shape.head_dim)
+    value_mix = value.new_zeros(base.num_attention_heads, base.head_dim, shape.head_dim, dtype=torch.float64)
 
     def maps(group: Group) -> Maps:
         members = torch.tensor([group], device=moments.value_cov.device)
@@ -132,7 +133,7 @@ def _with_values(heads: SharedHeads, rule: MergeRule, moments: LayerMoments, wei
 
     rows = []
     for group, (encode, decode) in zip(heads.partition, map_in_threads(maps, heads.partition), strict=True):
-        rows.append(encode @ value[list(group)].flatten(0, 1))
+        rows.append(encode @ value[list(group)].double().flatten(0, 1))
         # v = B s: the value's mix is B.
         mix = decode.unflatten(0, (len(group), base.head_dim))
         value_mix[query_heads(group, base.queries_per_kv)] = mix.repeat_interleave(base.queries_per_kv, 0)
@@ -147,5 +148,5 @@ def _of_one_group(maps: Maps, device: torch.device) -> Maps:
 
 
 def _rows_of_heads(weight: Tensor, bias: Tensor | None, shape: HeadShape) -> Tensor:
-    """(K D, E) and (K D,) -> (K, D, E + 1) float64."""
-    return join_bias(weight, bias).double().unflatten(0, (shape.base_kv_heads, shape.head_dim))
+    """(K D, E) and (K D,) -> (K, D, E + 1), in float64 a group at a time: all of them would fill a GPU's memory."""
+    return join_bias(weight, bias).unflatten(0, (shape.base_kv_heads, shape.head_dim))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .linalg import outer_sum
+from .linalg import TINY, outer_sum, times_blocks
 from .statistics import sum_over_ranks, tokens_that_count
 from .threads import one_thread
 
@@ -20,6 +21,9 @@ _MIX_DAMPING = 1e-4
 _SPARE_VECTORS, _STEPS = 16, 12
 """Of the subspace iteration that `low_rank` uses."""
 
+_LEAST_SHARE = 1e-13
+"""Of the vectors' energy, below which it does not make a vector as long as the others: far above rounding errors."""
+
 
 class OutputRefit:
     """Streaming ridge regression of a layer's original attention output on the grouped model's.
@@ -30,7 +34,7 @@ class OutputRefit:
 
     Args:
         weight: W, (E, H D), o_proj's weight.
-        damping: lam relative to the mean diagonal of Z Z^T.
+        damping: lam relative to the mean diagonal of Z Z^T; tenfold where the sums do not stay positive definite.
         device: where the sums live; default is the weight's device.
     """
 
@@ -64,21 +68,13 @@ class OutputRefit:
         if not (torch.isfinite(self._inputs).all() and torch.isfinite(self._cross).all()):
             raise ValueError("NaN or inf in the attention outputs of the grouped model.")
         if self._change is None:
-            factor = self._factor()
-            if factor is None:
-                # Products of 16-bit inputs are added up in float32. Where almost all inputs point one way, that
-                # rounding outweighs the ridge: eigenvalues near zero come out below -lam.
-                self._inputs = _positive_part(self._inputs)
-                factor = self._factor()
+            damping, fails = self.damping, True
+            while fails:
+                # Where nearly all energy has one direction, rounding in float32 may be more than the ridge.
+                factor, fails = torch.linalg.cholesky_ex(self._damped(damping))
+                damping *= 10
             self._change = torch.cholesky_solve(self._residual().T, factor).T
         return self._change
-
-    def _factor(self) -> Tensor | None:
-        """Cholesky factor of Q, (H D, H D), or None where Q is not positive definite."""
-        gram = self._inputs.clone()
-        gram.diagonal().add_(self.damping * gram.diagonal().mean().clamp_min(1e-30))
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        return None if failed else factor
 
     def low_rank(self, rank: int, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
         """The best change of the given rank as LoRA factors: lora_A (k, H D), lora_B (E, k), k = min(rank, E).
@@ -119,10 +115,10 @@ class OutputRefit:
 
     def with_output_mix(self, mix: Tensor) -> OutputRefit:
         """The same regression once the matrices (H, D, D) stand in front of o_proj and change its inputs."""
-        block = torch.block_diag(*mix)
-        mixed = copy.copy(self)
-        mixed._inputs = block @ self._inputs @ block.mT
-        mixed._cross = self._cross @ block.mT
+        turned, mixed = mix.mT[None], copy.copy(self)
+        half = times_blocks(self._inputs[None], turned)
+        mixed._inputs = times_blocks(half.mT, turned)[0]
+        mixed._cross = times_blocks(self._cross[None], turned)[0]
         mixed._change = None
         return mixed
 
@@ -131,15 +127,13 @@ class OutputRefit:
         solution = self.weight + change
         return ((solution @ self._inputs) * solution).sum() - 2 * (solution * self._cross).sum()
 
+    def _damped(self, damping: float) -> Tensor:
+        damped = self._inputs.clone()
+        damped.diagonal().add_(damping * self._inputs.diagonal().mean().clamp_min(1e-30))
+        return damped
+
     def _residual(self) -> Tensor:
         return self._cross - self.weight @ self._inputs
-
-
-def _positive_part(matrix: Tensor) -> Tensor:
-    """Symmetric (M, M) without its negative eigenvalues."""
-    with one_thread():
-        values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp_min(0) @ vectors.T
 
 
 def _top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
@@ -153,11 +147,29 @@ def _top_eigenvectors(matrix: Tensor, rank: int) -> Tensor:
     if size * 4 > len(symmetric):
         with one_thread():
             return torch.linalg.eigh(symmetric)[1][:, -rank:]
-    # Drawn on the CPU, so that every device starts alike.
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(len(symmetric), size, generator=generator, dtype=torch.float64).to(symmetric)
+    symmetric /= torch.linalg.matrix_norm(symmetric).clamp_min(TINY)
+    basis = _random_vectors(len(symmetric), size).to(symmetric)
     for _ in range(_STEPS):
         product = symmetric @ basis
         with one_thread():
-            basis = torch.linalg.qr(product)[0]
-    return basis @ torch.linalg.eigh(basis.T @ symmetric @ basis)[1][:, -rank:]
+            basis = _well_conditioned(product)
+    with one_thread():
+        basis = torch.linalg.qr(basis)[0]
+        # A GPU takes longer for a matrix of this size.
+        vectors = torch.linalg.eigh((basis.T @ symmetric @ basis).cpu())[1]
+    return basis @ vectors[:, -rank:].to(basis)
+
+
+@lru_cache(maxsize=1)
+def _random_vectors(length: int, count: int) -> Tensor:
+    """The same (length, count) each time, in float64; drawn on the CPU, so that every device starts alike."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(length, count, generator=generator, dtype=torch.float64)
+
+
+def _well_conditioned(vectors: Tensor) -> Tensor:
+    """Nearly orthonormal (E, k) of the same span, by Cholesky: products, where a QR goes column by column."""
+    gram = vectors.mT @ vectors
+    # Nearly dependent vectors, of eigenvalues that do not count, stay short.
+    gram.diagonal().add_(_LEAST_SHARE * gram.diagonal().sum() + TINY)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram), vectors.mT, upper=False).mT

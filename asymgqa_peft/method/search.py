@@ -17,6 +17,7 @@ import torch
 
 from ..groups import Group, Partition
 from .partitions import PartitionSpace
+from .threads import one_thread
 
 CostFunction = Callable[[Sequence[Group]], torch.Tensor]  # n groups -> their n costs
 Score = Callable[[Sequence[Group]], list[float]]  # the same with a memory: exact costs or the surrogate
@@ -219,7 +220,9 @@ def descend(
     ends = list(starts)
     active = list(range(len(starts)))
     while active:
-        changes = _changes_by_pairs(space, [ends[index] for index in active], surrogate)
+        # Of a few thousand numbers each: waking threads for them takes longer than they do.
+        with one_thread():
+            changes = _changes_by_pairs(space, [ends[index] for index in active], surrogate)
         limit = changes.amin((1, 2), keepdim=True) + tolerance
         best: dict[int, Partition] = {}
         for row, head, target in ((changes < -tolerance) & (changes <= limit)).nonzero().tolist():

@@ -184,13 +184,13 @@ def floor_seconds(config: LlamaConfig, args: argparse.Namespace, limits: dict[st
     solve = 2 * queries**3 / 3 + 4 * queries**2 * width
     projected = 2 * width * (queries + 2 * keys)
     original = tokens * (4 * width * (queries + keys) + attention + mlp)
-    converted = tokens * (4 * width * (queries + groups) + attention + mlp)
+    converted = tokens * (2 * width * queries + mlp)
     attended = tokens * (2 * width * (queries + 2 * groups) + attention + 2 * queries * (queries + width))
     return {
         "statistics": (tokens * (projected + outer) / forward_rate, "q, k and v of the original, outer products"),
         "targets": (original / forward_rate, "forward of the original"),
         "refit": (attended / forward_rate + solve / exact_rate, "forward of the attention, outer products, solve"),
-        "converted stream": (converted / forward_rate, "forward of the converted layer"),
+        "converted stream": (converted / forward_rate, "o_proj and MLP of the converted layer"),
     }
 
 
