@@ -503,8 +503,11 @@ def _naming(site: AttentionSite) -> Iterator[None]:
 
 @cache
 def _stream_of(_thread: int, device: torch.device) -> torch.cuda.Stream:
-    """A thread's own stream: always the same one, because only on it memory that was freed there is used again."""
-    return torch.cuda.Stream(device)
+    """A thread's own stream: always the same one, because only on it memory that was freed there is used again.
+
+    Its small kernels go before those of the layers, many of which would pass between two of them.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def peak_memory() -> int:

@@ -88,7 +88,8 @@ def search_partition(
         candidates = list(space.partitions(tuple(range(base_kv_heads)), num_groups))
         best = _cheapest(space, candidates, exact, _tolerance(candidates, exact))
     else:
-        surrogate = PairSurrogate(pair_costs, base_kv_heads)
+        with one_thread():
+            surrogate = PairSurrogate(pair_costs, base_kv_heads)
         if space.least < space.greatest:
             # With a single size, a scale per size would change nothing.
             smallest, draws = (3, CALIBRATION_DRAWS) if exact_pairs else (2, 1)
@@ -215,12 +216,12 @@ def descend(
 ) -> list[Partition]:
     """Where applying the best exchange of the surrogate until none improves leads from every start.
 
-    All starts descend in step, because what an exchange adds to the surrogate has a closed form.
+    All starts descend in step, because what an exchange adds to the surrogate has a closed form; in one thread, as
+    waking others takes longer than tensors of this size do.
     """
     ends = list(starts)
     active = list(range(len(starts)))
     while active:
-        # Of a few thousand numbers each: waking threads for them takes longer than they do.
         with one_thread():
             changes = _changes_by_pairs(space, [ends[index] for index in active], surrogate)
         limit = changes.amin((1, 2), keepdim=True) + tolerance

@@ -26,6 +26,9 @@ from .linalg import (
     times_blocks,
 )
 
+_HEADS_AT_A_TIME = 4
+"""Whose rows of the values' covariance are weighted."""
+
 
 @dataclass(frozen=True)
 class LayerMoments:
@@ -315,7 +318,9 @@ def _weighted(outer: Tensor, root: Tensor) -> Tensor:  # (K N, K N), (K, N, N) -
     if size == 0:
         return outer
     weighted = torch.empty_like(outer)
-    for own, rows, into in zip(root, outer.split(size), weighted.split(size), strict=True):
-        # A head's rows at a time: in float64 such a matrix of a 7B is 134 MB.
-        into.copy_(times_blocks((own @ rows)[None], root[None])[0])
+    # By rows of some heads: in float64 such a matrix of a 7B is 134 MB.
+    rows = _HEADS_AT_A_TIME * size
+    for own, part, into in zip(root.split(_HEADS_AT_A_TIME), outer.split(rows), weighted.split(rows), strict=True):
+        half = (own @ part.unflatten(0, (-1, size))).flatten(0, 1)
+        into.copy_(times_blocks(half[None], root[None])[0])
     return hermitian(weighted)

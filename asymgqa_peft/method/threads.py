@@ -7,12 +7,15 @@ one of them, so that this is the fastest way to thousands of them on either mach
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+_of_this_thread = threading.local()
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -60,12 +63,20 @@ def one_thread() -> Iterator[None]:
 def map_in_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
     """[function(item) for item in items], in as many threads as torch may use, each with a single-threaded torch."""
     allowed = torch.get_num_threads()
-    threads = min(allowed, len(items))
-    if threads <= 1:
+    if min(allowed, len(items)) <= 1:
         return [function(item) for item in items]
     try:
-        with ThreadPoolExecutor(threads, initializer=use_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, items))
+        return list(_workers(allowed).map(function, items))
     finally:
         # What new threads take over.
         torch.set_num_threads(allowed)
+
+
+def _workers(count: int) -> ThreadPoolExecutor:
+    """The calling thread's own, which end with it: starting them for every call would take longer than many a call."""
+    # A process that was forked has none of its parent's threads.
+    wanted = count, os.getpid()
+    if getattr(_of_this_thread, "wanted", None) != wanted:
+        _of_this_thread.wanted = wanted
+        _of_this_thread.workers = ThreadPoolExecutor(count, initializer=use_threads, initargs=(1,))
+    return _of_this_thread.workers
