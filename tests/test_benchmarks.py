@@ -291,6 +291,18 @@ def test_threads_keep_order_and_give_the_count_back(two_threads):
     assert torch.get_num_threads() == 2
 
 
+def test_workers_serve_their_caller_again_and_end_with_it():
+    before, found = set(threading.enumerate()), []
+    with ThreadPoolExecutor(1, initializer=use_threads, initargs=(3,)) as caller:
+        for _ in range(2):
+            call = caller.submit(map_in_threads, lambda _: (sleep(0.02), threading.current_thread())[1], range(3))
+            found.append(set(call.result()))
+    assert found[0] == found[1] and len(found[0]) == 3
+    for worker in found[0]:
+        worker.join(timeout=10)
+    assert set(threading.enumerate()) <= before
+
+
 def test_several_callers_do_not_take_threads_from_each_other():
     """As in an initialisation on a GPU, where two searches run beside a thread that takes statistics."""
     torch.get_num_threads()
@@ -319,18 +331,6 @@ def test_a_launchers_one_thread_becomes_a_share_of_the_cores(processes, allowed,
     with share_of_cores():
         assert torch.get_num_threads() == expected
     assert torch.get_num_threads() == allowed
-
-
-def test_workers_serve_their_caller_again_and_end_with_it():
-    before, found = set(threading.enumerate()), []
-    with ThreadPoolExecutor(1, initializer=use_threads, initargs=(3,)) as caller:
-        for _ in range(2):
-            call = caller.submit(map_in_threads, lambda _: (sleep(0.02), threading.current_thread())[1], range(3))
-            found.append(set(call.result()))
-    assert found[0] == found[1] and len(found[0]) == 3
-    for worker in found[0]:
-        worker.join(timeout=10)
-    assert set(threading.enumerate()) <= before
 
 
 def test_costs_do_not_depend_on_threads(two_threads):
