@@ -446,18 +446,36 @@ def test_similarities_are_symmetric_and_bounded():
 # ----------------------------------------------------------------------------------------------------- ranks
 
 
+def _failing_search(*_, **__):
+    raise RuntimeError("no groups today")
+
+
 def _initialise_on_rank(rank: int, world: int, path: str, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{path}", rank=rank, world_size=world)
-    model = wrapped()
+    model, searched, search = wrapped(), [], module.search_partition
+
+    def counted(*args, **kwargs):
+        searched.append(1)
+        return search(*args, **kwargs)
+
+    module.search_partition = counted
     report = initialize_asymgqa_weights(model, IDS.split(4)[rank::world], progress=False)
+    turns = len(searched)
     tensors = {n: p.detach().numpy() for n, p in model.named_parameters() if p.requires_grad}
     try:
         initialize_asymgqa_weights(wrapped(), IDS.split(4) if rank else [], progress=False)
         message = None
     except ValueError as error:
         message = str(error)
-    results[rank] = dataclasses.asdict(report), tensors, message
+    if rank == 1:
+        module.search_partition = _failing_search
+    try:
+        initialize_asymgqa_weights(wrapped(), IDS.split(4)[rank::world], progress=False)
+        failure = None
+    except RuntimeError as error:
+        failure = str(error)
+    results[rank] = dataclasses.asdict(report), tensors, message, turns, failure
     torch.distributed.destroy_process_group()
 
 
@@ -467,7 +485,9 @@ def test_ranks_end_alike_and_as_one_process_does(world, tmp_path):
     results = mp.get_context("spawn").Manager().dict()
     mp.spawn(_initialise_on_rank, args=(world, str(tmp_path / "rendezvous"), results), nprocs=world)
     for rank in range(world):
-        seen, tensors, message = results[rank]
+        seen, tensors, message, turns, failure = results[rank]
+        assert turns == len(range(rank, len(report.head_groups), world))  # ranks take turns
+        assert "no groups today" in failure  # of rank 1's turn, raised on every rank
         assert seen["head_groups"] == report.head_groups and seen["tokens"] == report.tokens
         assert f"empty on 1 of {world} ranks" in message  # on every rank: none is left waiting
         for name, parameter in alone.named_parameters():

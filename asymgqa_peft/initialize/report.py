@@ -26,7 +26,7 @@ class InitializationReport:
         tokens: tokens read, on all ranks, padding excluded; 0 where no choice needs data.
         seconds: wall time per stage. A search uses the CPU: on a GPU it runs beside the stages before it,
             "refit", "converted stream" and "targets", and "search" is what had to be waited for.
-        search_seconds: what all searches took, waited for or not.
+        search_seconds: what all searches of this rank took, waited for or not.
         peak_memory: bytes, the highest of a CUDA device, or of the process where none is used.
         notes: what could not be done, in sentences.
     """

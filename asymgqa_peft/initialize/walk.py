@@ -51,12 +51,13 @@ NEGLIGIBLE_SPREAD = 1e-3
 class Choice:
     """What a layer's statistics lead to: groups, how alike heads are before and after, (K, K) each, shared heads.
 
-    Heads that need no statistics are given alone.
+    Heads that need no statistics are given alone; moments are, on several ranks, until these agree on the rest.
     """
 
-    heads: SharedHeads
+    heads: SharedHeads | None
     found: SearchResult | None = None
     similarity: tuple[Tensor, Tensor] | None = None
+    moments: LayerMoments | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Walk:
         self.shared_shape = self.sites[0].layout(adapter_name).shape
         self.cap = largest_group(self.config, self.shape)
         self.layers = tuner.decoder_layers
+        self.ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.seconds: dict[str, float] = defaultdict(float)
         self.search_seconds = 0.0
         self.notes: dict[str, list[int]] = defaultdict(list)
@@ -119,10 +121,10 @@ class Walk:
         counts = torch.tensor([float(bool(self.streams.batches)), float(tokens)], dtype=torch.float64)
         sum_over_ranks([counts])
         ranks, self.tokens = int(counts[0]), int(counts[1])
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if ranks < world:
+        if ranks < self.ranks:
             raise ValueError(
-                f"batches is empty on {world - ranks} of {world} ranks: pass at least one batch of input_ids on each."
+                f"batches is empty on {self.ranks - ranks} of {self.ranks} ranks: pass at least one batch of "
+                "input_ids on each."
             )
         needed = self.cap * self.shape.head_dim
         if self.tokens < needed:
@@ -253,11 +255,39 @@ class Walk:
                 choice = Choice(merge_layer(None, weights, site.layout(self.adapter).partition, shape, merge))
             else:
                 moments = statistics.moments(weights.output).to("cpu")
-                found, similarity = self._search(moments, site.layer)
-                choice = Choice(merge_layer(moments, weights, found.partition, shape, merge), found, similarity)
+                if self.ranks > 1:
+                    # Ranks take turns at searching: see `_agreed`.
+                    outcome = ()
+                    if _rank() == site.layer % self.ranks:
+                        outcome = self._search(moments, site.layer)
+                    choice = Choice(None, *outcome, moments=moments)
+                else:
+                    found, similarity = self._search(moments, site.layer)
+                    choice = Choice(merge_layer(moments, weights, found.partition, shape, merge), found, similarity)
             if weights.output.is_cuda:
                 torch.cuda.current_stream().synchronize()
         return choice
+
+    def _agreed(self, site: AttentionSite, study: Study) -> Choice:
+        """What was chosen for a layer; on several ranks what the one whose turn it was has found, merged by each.
+
+        An error of that rank is raised on all: none waits for a result that will not come.
+        """
+        if self.ranks == 1 or not self.takes_statistics:
+            return study.choice.result()
+        choice = error = None
+        try:
+            choice = study.choice.result()
+        except Exception as raised:
+            error = raised
+        outcome = [error if choice is None else (choice.found, choice.similarity)]
+        dist.broadcast_object_list(outcome, src=site.layer % self.ranks)
+        if isinstance(error or outcome[0], Exception):
+            raise error or outcome[0]
+        found, similarity = outcome[0]
+        with torch.no_grad():
+            heads = merge_layer(choice.moments, study.weights, found.partition, self.shared_shape, self.config.merge)
+        return Choice(heads, found, similarity)
 
     def _convert(self, site: AttentionSite, study: Study, beside: Executor) -> Study | None:
         """Write and refit one layer's shared heads, and go on to the next; its study if that has begun.
@@ -277,7 +307,7 @@ class Walk:
             if study.on_gpu and site is not self.sites[-1]:
                 following = self._study(self.sites[index + 1], beside)
             with self._timed("search"):
-                choice = study.choice.result()
+                choice = self._agreed(site, study)
             with self._timed("merge"):
                 site.write(self.adapter, choice.heads)
                 for note in merge_notes(site.shape, self.config.merge):
