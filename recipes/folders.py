@@ -28,14 +28,13 @@ def check_writable(folder: str | Path) -> Path:
     return path
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Exit if the disk of a folder has less than `needed` bytes left."""
+def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:
+    """Exit if the disk of a folder has less than `needed` bytes left for `what` will be written."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SystemExit(
-            f"{folder} has {free / 1e9:.2f} GB free, the run will write {needed / 1e9:.2f} GB (adapter, checkpoints, "
-            "plain checkpoint): free space, choose another --output_dir, lower --save_total_limit or set "
-            "--save_plain false."
+            f"{folder} has {free / 1e9:.2f} GB free, the run will write {needed / 1e9:.2f} GB ({what}): free space, "
+            f"{remedy}."
         )
 
 

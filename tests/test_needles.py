@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import re
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +14,8 @@ import torch
 from models import wrap
 from recovery_runs import save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, TrlParser
 
-from recipes import evaluate, instructions, needles, recover
+from recipes import instructions, needles
 from recipes.inputs import load_tokenizer
 
 TINY = Path(needles.__file__).parent / "tiny_model"
@@ -302,45 +299,3 @@ def test_a_model_without_a_chat_template_is_told_before_anything_is_loaded(monke
     monkeypatch.delattr(instructions, "load_model")
     with pytest.raises(SystemExit, match="no chat template"):
         instructions.main([str(TINY)])
-
-
-# ---- smollm2_135m.sh ----
-
-
-@pytest.mark.parametrize("cuda", [True, False])
-def test_commands_of_the_real_model_parse_and_belong_together(cuda, tmp_path):
-    """The script runs with an environment whose `python` writes its arguments down."""
-    (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python"
-    python.write_text(
-        f'#!/bin/sh\ncase "$*" in *cuda.is_available*) exit {int(not cuda)};; esac\necho "$*" >> {tmp_path}/commands\n'
-    )
-    python.chmod(0o755)
-    (tmp_path / "installed-eval").touch()
-    out = tmp_path / "out"
-    options = {"OUT": out, "WIDTH": 96, "TOKENS": 8192, "TRAIN": "train.txt", "TEXT": "held_out.txt", "ARC": "arc"}
-    environment = os.environ | {"ASYMGQA_VENV": tmp_path, **{name: str(value) for name, value in options.items()}}
-    script = Path(needles.__file__).with_name("smollm2_135m.sh")
-    subprocess.run(["bash", str(script)], check=True, env=environment)
-    lines = (tmp_path / "commands").read_text().splitlines()
-    commands = [line.split() for line in lines if line.startswith("recipes/")]
-    names = ["smollm2.py", "recover.py", "evaluate.py", "needles.py", "instructions.py"]
-    assert [command.pop(0) for command in commands] == [f"recipes/{name}" for name in names]
-    fetch, convert, measure, find, obey = commands
-    assert fetch == [f"{out}/base"]
-    convert[convert.index("--config") + 1] = str(script.parent / "configs" / "tiny.yaml")
-    parser = TrlParser((recover.ConversionArguments, SFTConfig))
-    # This machine's own device, whatever the script believes.
-    args, training = parser.parse_args_and_config([*convert, "--bf16", "false", "--use_cpu", "true"])
-    assert (args.num_key_value_heads, args.head_dim, args.dataset, training.max_steps) == (1, 96, "train.txt", 4)
-    assert ("--bf16 true" in " ".join(convert)) == cuda
-    assert args.model_name_or_path == f"{out}/base" and training.output_dir == str(out)
-    both = [f"{out}/base", f"{out}/plain"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "is_file", lambda path: True)
-        measured = evaluate.parse_args(measure)
-    assert (measured.text, measured.tasks) == (["held_out.txt"], ["arc_easy_csv", "arc_challenge_csv"])
-    assert measured.max_tokens == (None if cuda else 8192)
-    for recipe, command in ((needles, find), (instructions, obey)):
-        assert recipe.parse_args(command).models == both == measured.models
-    assert max(needles.parse_args(find).contexts) == (8192 if cuda else 1024)
