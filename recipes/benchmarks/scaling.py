@@ -62,13 +62,14 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             rows += found
             if not is_whole:
                 failed.append(ranks)
-    rows.sort(key=lambda row: (args.parts.index(row["part"]), row["ranks"]))
-    found = table(rows)
-    met = checks(found)
-    shapes.print_checks(met)
-    print_report(found, args.device, checks=met, measured=rows, arguments=vars(args))
+    if rows:
+        rows.sort(key=lambda row: (args.parts.index(row["part"]), row["ranks"]))
+        found = table(rows)
+        met = checks(found)
+        shapes.print_checks(met)
+        print_report(found, args.device, checks=met, measured=rows, arguments=vars(args))
     if failed:
-        raise SystemExit(f"the processes on {failed} ranks ended early or took over {args.timeout} s: see above.")
+        raise SystemExit(f"the processes on {failed} ranks ended early or took over {args.timeout:g} s: see above.")
     return rows
 
 
