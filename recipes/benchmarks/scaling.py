@@ -120,9 +120,11 @@ def run_group(ranks: int, cards: list[str], arguments: list[str], args: argparse
                 if args.out:
                     with args.out.open("a", encoding="utf-8") as file:
                         file.write(line)
+    except BaseException:
+        process.terminate()
+        raise
     finally:
         clock.cancel()
-        process.terminate()
     return rows, process.wait() == 0
 
 
