@@ -127,12 +127,10 @@ def test_scaling_gives_every_rank_a_gpu(options: str, expected: list[dict], monk
 @pytest.mark.slow
 def test_scaling_keeps_what_was_measured_when_a_group_fails(tmp_path):
     out = tmp_path / "lines.jsonl"
-    # Fewer tokens in all than one rank's share of the warm-up needs.
-    command = f"{SMALL} --ranks 1 2 --blocks 16 --parts initialization --out {out}".replace(
-        "--length 64", "--length 20"
-    )
+    # One rank warms up on fewer tokens than an initialisation needs, two on enough.
+    few = SMALL.replace("--length 64", "--length 40")
     with pytest.raises(SystemExit, match=r"the processes on \[1\] ranks ended early"):
-        scaling.main(command.split())
+        scaling.main(f"{few} --ranks 1 2 --blocks 16 --parts initialization --out {out}".split())
     (line,) = out.read_text().splitlines()
     assert json.loads(line)["ranks"] == 2 and len(json.loads(line)["peak_bytes"]) == 2
     scaling.main(f"{SMALL} --ranks 1 2 --blocks 16 --out {out}".split())

@@ -62,13 +62,14 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             rows += found
             if not is_whole:
                 failed.append(ranks)
-    rows.sort(key=lambda row: (args.parts.index(row["part"]), row["ranks"]))
-    found = table(rows)
-    met = checks(found)
-    shapes.print_checks(met)
-    print_report(found, args.device, checks=met, measured=rows, arguments=vars(args))
+    if rows:
+        rows.sort(key=lambda row: (args.parts.index(row["part"]), row["ranks"]))
+        found = table(rows)
+        met = checks(found)
+        shapes.print_checks(met)
+        print_report(found, args.device, checks=met, measured=rows, arguments=vars(args))
     if failed:
-        raise SystemExit(f"the processes on {failed} ranks ended early or took over {args.timeout} s: see above.")
+        raise SystemExit(f"the processes on {failed} ranks ended early or took over {args.timeout:g} s: see above.")
     return rows
 
 
@@ -119,9 +120,11 @@ def run_group(ranks: int, cards: list[str], arguments: list[str], args: argparse
                 if args.out:
                     with args.out.open("a", encoding="utf-8") as file:
                         file.write(line)
+    except BaseException:
+        process.terminate()
+        raise
     finally:
         clock.cancel()
-        process.terminate()
     return rows, process.wait() == 0
 
 
