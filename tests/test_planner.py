@@ -220,17 +220,17 @@ def test_estimates_are_near_what_was_measured_on_one_h200():
     assert held + recovery.device == pytest.approx(4.992 * 2**30, rel=TOLERANCE)
     llama = meta_model(LlamaConfig(**LLAMA_2_7B))
     initialization = initialization_need(Sizes.of(llama), trained, 262_144, 8192, refits=True, gpu_free=int(120e9))
-    assert initialization.device == pytest.approx(8.70e9, rel=TOLERANCE)
+    assert initialization.device == pytest.approx(7.90e9, rel=TOLERANCE)
     trained_7b = 411_697_152
     recovery = recovery_need(Sizes.of(llama), trained_7b, 8192, True, True, accumulates=False, on_gpu=True)
     assert 2 * llama.num_parameters() + 4 * trained_7b + recovery.device == pytest.approx(
-        23_332_070_400, rel=TOLERANCE
+        22_990_000_000, rel=TOLERANCE
     )
     process = 1.05e9  # with PyTorch and CUDA started, and no kernel loaded yet
     assert process + recovery.main == pytest.approx(1.99e9, rel=TOLERANCE)
     found = estimate(llama, trained, (32, 8, 128), CARDS["h200"])
-    assert found.initialization_hours * 3600 == pytest.approx(38.6, rel=0.01)
-    assert found.recovery_hours * 3600 == pytest.approx(98_304_000 / 8465, rel=0.01)
+    assert found.initialization_hours * 3600 == pytest.approx(32.5, rel=0.01)
+    assert found.recovery_hours * 3600 == pytest.approx(98_304_000 / 9302, rel=0.01)
     wide = estimate(llama, trained, (32, 4, 256), CARDS["h200"])
     assert wide.initialization_hours / found.initialization_hours == pytest.approx(63.5 / 54.1, rel=0.01)
     assert wide.recovery_hours == pytest.approx(1.05 * found.recovery_hours)
