@@ -33,6 +33,7 @@ from ..method.search import SearchResult, search_partition
 from ..method.statistics import LayerMoments, LayerStatistics, sum_over_ranks
 from ..method.threads import use_threads
 from .checks import check_finite
+from .fit import fit_heads
 from .report import InitializationReport
 from .streams import Stop, Streams, hooks_removed, recording
 
@@ -144,15 +145,18 @@ class Walk:
     def _restart_lora(self) -> None:
         """All LoRA starts anew: what an earlier call or training left would be added to the refit.
 
-        It changes nothing then, so only that of output projections, which the refit writes, runs in this walk.
+        It changes nothing then, so only what is written runs in this walk: that of output projections, which are
+        refitted, and of query projections where heads are fitted.
         """
         if not _plain_start(self.config):
             return
-        outputs = [site.output for site in self.sites]
+        written = [site.output for site in self.sites]
+        if self.config.fit_steps:
+            written += [site.query for site in self.sites]
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer) and self.adapter in layer.lora_B:
                 _write_lora(layer, self.adapter, None)
-                if layer not in outputs:
+                if layer not in written:
                     layer.set_adapter([])
 
     def _norm_notes(self) -> list[str]:
@@ -242,6 +246,9 @@ class Walk:
                     self.notes[note].append(index)
                 if site.shape.norm_span is not None and self.config.merge != "mean":
                     self.divisor_spreads.append(self._divisor_spreads(site))
+            if self.config.fit_steps:
+                with self._timed("fit"):
+                    self._fit(site, study.weights.output, targets)
             with self._timed("refit"):
                 self._refit(site, study.weights.output, targets)
         return following, choice.found, choice.similarity
@@ -342,6 +349,14 @@ class Walk:
             found = SearchResult(partition, cost, neighbour_cost, evaluations=0)
         self.search_seconds += time.perf_counter() - start
         return found, similarity
+
+    def _fit(self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor]) -> None:
+        """Fit the shared heads to the targets on the converted stream."""
+        streams = self.streams
+        calls = [call for _, call in streams.run_layer(self.layers[site.layer], site.layer, streams.current)]
+        steps, seed = self.config.fit_steps, self.config.seed
+        if not fit_heads(site, self.adapter, calls, targets, streams.masks, output_weight, steps, seed):
+            self.notes["the steps of fit_steps were taken back: the error did not fall."].append(site.layer)
 
     def _refit(self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor | None]) -> None:
         """Start o_proj's LoRA from the least-squares fit of the targets on the converted stream; uses them up."""
