@@ -65,6 +65,12 @@ class AsymGQAConfig(LoraConfig):
     refit_output: bool = _option(
         True, "Start o_proj's LoRA from a least-squares fit of the original attention output."
     )
+    fit_steps: int = _option(
+        0,
+        "Gradient steps, each on one calibration batch, that fit a layer's shared heads and q_proj's LoRA to the "
+        "original attention output, before o_proj is refitted; 0 for closed forms alone. A hundred are worth most "
+        "where queries and keys are normed.",
+    )
     head_dim: int | None = _option(
         None,
         "W: dimensions of a shared head; None for the base's. The cache holds num_key_value_heads * head_dim numbers "
@@ -136,6 +142,10 @@ class AsymGQAConfig(LoraConfig):
             raise ValueError(f"seed={self.seed!r} must be an int.")
         if self.initialized is not None and not isinstance(self.initialized, bool):
             raise ValueError(f"initialized={self.initialized!r} must be True, False or None; leave it to the adapter.")
+        if not _is_int(self.fit_steps) or self.fit_steps < 0:
+            raise ValueError(
+                f"fit_steps={self.fit_steps!r} must be an int >= 0: gradient steps per layer, 0 for none."
+            )
         if not isinstance(self.refit_output, bool):
             raise ValueError(f"refit_output={self.refit_output!r} must be True or False.")
 

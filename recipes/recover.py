@@ -71,6 +71,9 @@ class ConversionArguments:
     merge: str = field(default="principal", metadata={"help": "mean, aligned or principal."})
     max_group_size: int | None = field(default=None, metadata={"help": "Largest group, in the base's KV heads."})
     refit_output: bool = field(default=True, metadata={"help": "Start o_proj's LoRA from a least-squares fit."})
+    fit_steps: int = field(
+        default=0, metadata={"help": "Gradient steps per layer, each on a calibration batch, that fit shared heads."}
+    )
     lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
     calibration_tokens: int = field(default=131_072, metadata={"help": "Tokens read by the initialisation."})
@@ -471,6 +474,7 @@ def adapter_config(args: ConversionArguments, training: SFTConfig) -> AsymGQACon
         merge=args.merge,
         max_group_size=args.max_group_size,
         refit_output=args.refit_output,
+        fit_steps=args.fit_steps,
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         seed=training.seed,

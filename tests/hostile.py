@@ -167,6 +167,7 @@ OWN_VALUES = {
     "head_dim": [4, 8, 9, 12, 16, 32, 10**9, "8"],
     "initialized": [0, "true", [True]],
     "refit_output": [0, "no"],
+    "fit_steps": [-1, 1.0, "5"],
     "seed": [3.0, "0", 10**40],
 }
 HEAD_GROUPS = GROUPS["llama"]

@@ -367,3 +367,7 @@ def test_wide_heads_are_measured_against_narrow_ones_of_the_same_bytes(tmp_path)
         assert plain["plain_held_out"] == pytest.approx(recovered["held_out"], rel=1e-4)
     wide_heads.main([*command, "--held-out-blocks", "2"])
     assert len(out.read_text().splitlines()) == len(lines)
+    wide_heads.main([*command, "--held-out-blocks", "2", "--widths", "64", "--fit-steps", "4"])
+    fitted = [json.loads(line) for line in out.read_text().splitlines()][len(lines) :]
+    assert [line["fit_steps"] for line in fitted] == [4, 4, 4]  # other measurements than those of the same arm
+    assert fitted[0]["validation"] != wide[0]["validation"]

@@ -27,6 +27,8 @@ BAD_FIELDS = [
     ({"max_group_size": "3"}, "max_group_size='3' must be an int"),
     ({"seed": None}, "seed=None must be an int"),
     ({"seed": 1.5}, "seed=1.5 must be an int"),
+    ({"fit_steps": -1}, "fit_steps=-1 must be an int >= 0: gradient steps per layer, 0 for none"),
+    ({"fit_steps": True}, "fit_steps=True must be an int >= 0"),
     ({"refit_output": "yes"}, "refit_output='yes' must be True or False"),
     ({"initialized": 0}, "initialized=0 must be True, False or None"),
     ({"initialized": "yes"}, "initialized='yes' must be True, False or None"),
@@ -229,8 +231,8 @@ def test_all_linear_means_all_but_k_v_and_the_head(base):
 def test_config_survives_its_file(tmp_path):
     config = adapter_config(
         GROUPS["llama"], grouping="symmetric", criterion="cosine", merge="aligned", max_group_size=4,
-        refit_output=False, seed=7, target_modules=["q_proj"], modules_to_save=["lm_head"], use_rslora=True,
-        rank_pattern={"q_proj": 2}, lora_dropout=0.1,
+        refit_output=False, fit_steps=5, seed=7, target_modules=["q_proj"], modules_to_save=["lm_head"],
+        use_rslora=True, rank_pattern={"q_proj": 2}, lora_dropout=0.1,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "adapter_config.json").read_text())

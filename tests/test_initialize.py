@@ -258,10 +258,10 @@ def test_refit_needs_lora_on_the_output_projection():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("stage", ["capture", "search_partition", "merge_layer", "low_rank"])
+@pytest.mark.parametrize("stage", ["capture", "search_partition", "merge_layer", "fit_heads", "low_rank"])
 def test_interrupted_anywhere_the_model_is_as_before(stage, error, monkeypatch):
     """In the second layer, when the first is already written."""
-    model, _ = initialised(grouping="symmetric", num_key_value_heads=4)
+    model, _ = initialised(grouping="symmetric", num_key_value_heads=4, fit_steps=1)
     model.peft_config["default"].grouping = "asymmetric"
     model.train()
     before, calls = state_of(model), []

@@ -1,4 +1,4 @@
-"""Initialise an adapter from activations: one walk through the model, a decoder layer at a time, no gradient step."""
+"""Initialise an adapter from activations: one walk through the model, a decoder layer at a time, in closed forms."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ def initialize_asymgqa_weights(
 
     The model is walked as GPTQ walks it. Two streams of hidden states run through it, the original model's and the
     converted one's; at each layer, statistics of the original give groups and shared heads, and o_proj's LoRA starts
-    from the change that best reproduces the original attention output on the converted stream. Both streams and one
-    layer's targets (3 x tokens x hidden size) lie on the GPU where they take at most half of what is free there, in
-    main memory otherwise; one batch and one layer's sums lie on the layer's device. Of what accelerate offloads
-    (device_map), at most two layers are there at a time. Small eigenproblems run on the CPU, in as many threads as
-    torch may use; where a launcher of several processes left it only one, in as many as there are cores for each. All
-    LoRA of the adapter starts anew: a second call initialises again.
+    from the change that best reproduces the original attention output on the converted stream. Where the configuration
+    asks for `fit_steps`, so many gradient steps towards that output come before it, each on one batch.
+
+    Both streams and one layer's targets (3 x tokens x hidden size) lie on the GPU where they take at most half of what
+    is free there, in main memory otherwise; one batch and one layer's sums lie on the layer's device. Of what
+    accelerate offloads (device_map), at most two layers are there at a time. Small eigenproblems run on the CPU, in as
+    many threads as torch may use; where a launcher of several processes left it only one, in as many as there are cores
+    for each. All LoRA of the adapter starts anew: a second call initialises again.
     Under grouping="neighbour" or "random" the adapter's groups, given ones included, are kept; otherwise searched.
     What the adapter's choices do not need is not run: with such groups, merge="mean" and no refit the batches are not
     read.

@@ -37,6 +37,7 @@ from ..method.search import SearchResult, search_partition
 from ..method.statistics import LayerMoments, LayerStatistics, sum_over_ranks
 from ..method.threads import use_threads
 from .checks import check_finite
+from .fit import fit_heads
 from .report import InitializationReport
 from .streams import Stop, Streams, attention_known, hooks_removed, recording
 
@@ -103,8 +104,10 @@ class Walk:
         self.takes_statistics = is_searched or needs_data or self._has_free_frequencies()
         self.compares_norms = self.shape.norm_span is not None and self.config.merge != "mean"
         self.refitted = refitted
-        self.original_end = last if self.takes_statistics else max(refitted, default=-1)
-        self.converted_end = last if self.compares_norms else max(refitted, default=-1)
+        # Those that are brought near to the original attention output.
+        self.aimed = list(range(len(self.sites))) if self.config.fit_steps else refitted
+        self.original_end = last if self.takes_statistics else max(self.aimed, default=-1)
+        self.converted_end = last if self.compares_norms else max(self.aimed, default=-1)
 
     @property
     def reads_data(self) -> bool:
@@ -173,15 +176,18 @@ class Walk:
     def _restart_lora(self) -> None:
         """All LoRA starts anew: what an earlier call or training left would be added to the refit.
 
-        It changes nothing then, so only that of output projections, which the refit writes, runs in this walk.
+        It changes nothing then, so only what is written runs in this walk: that of output projections, which are
+        refitted, and of query projections where heads are fitted.
         """
         if not _plain_start(self.config):
             return
-        outputs = [site.output for site in self.sites]
+        written = [site.output for site in self.sites]
+        if self.config.fit_steps:
+            written += [site.query for site in self.sites]
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer) and self.adapter in layer.lora_B:
                 _write_lora(layer, self.adapter, None)
-                if layer not in outputs:
+                if layer not in written:
                     layer.set_adapter([])
 
     def _other_notes(self) -> list[str]:
@@ -298,7 +304,7 @@ class Walk:
         index, streams = site.layer, self.streams
         following = targets = attended = None
         with _naming(site):
-            if index in self.refitted:
+            if index in self.aimed:
                 with self._timed("targets"):
                     targets = self._targets(site)
             elif index < self.original_end:
@@ -314,7 +320,10 @@ class Walk:
                     self.notes[note].append(index)
                 if self.compares_norms:
                     self.divisor_spreads.append(self._divisor_spreads(site))
-            if targets is not None:
+            if self.config.fit_steps:
+                with self._timed("fit"):
+                    self._fit(site, study.weights.output, targets)
+            if index in self.refitted:
                 with self._timed("refit"):
                     attended = self._refit(site, study.weights.output, targets)
             else:
@@ -435,6 +444,14 @@ class Walk:
             found = SearchResult(partition, cost, neighbour_cost, evaluations=0)
         self.search_seconds += time.perf_counter() - start
         return found, similarity
+
+    def _fit(self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor]) -> None:
+        """Fit the shared heads to the targets on the converted stream."""
+        streams = self.streams
+        calls = [call for _, call in streams.run_layer(self.layers[site.layer], site.layer, streams.current)]
+        steps, seed = self.config.fit_steps, self.config.seed
+        if not fit_heads(site, self.adapter, calls, targets, streams.masks, output_weight, steps, seed):
+            self.notes["the steps of fit_steps were taken back: the error did not fall."].append(site.layer)
 
     def _refit(
         self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor | None]

@@ -46,6 +46,7 @@ from recipes.folders import replacing
 from recipes.reporting import provenance
 
 VALIDATION_BLOCKS = 48
+FITTED_BLOCKS = 2  # in a step of --fit-steps
 START = time.perf_counter()
 
 
@@ -161,6 +162,8 @@ class Grid:
                 key = {**arm, "seed": seed}
                 for name in ("merge", "refit", "rank", "calibration_blocks"):
                     key[name] = getattr(self.args, name)
+                if self.args.fit_steps:
+                    key["fit_steps"] = self.args.fit_steps
                 if self.seconds_left() < 1.1 * longest:
                     print(f"# stopped before {key}: {self.seconds_left():.0f} s left", flush=True)
                     return
@@ -231,6 +234,7 @@ class Grid:
             grouping=key["grouping"],
             merge=key["merge"],
             refit_output=key["refit"],
+            fit_steps=key.get("fit_steps", 0),
             seed=key["seed"],
             r=args.rank,
             lora_alpha=args.rank,
@@ -240,7 +244,9 @@ class Grid:
         model = get_peft_model(copy.deepcopy(self.base), config)
         calibration = self.blocks["calibration"]
         drawn = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(key["seed"]))
-        batches = calibration[drawn[: args.calibration_blocks]].split(BLOCKS_A_FORWARD)
+        batches = calibration[drawn[: args.calibration_blocks]].split(
+            FITTED_BLOCKS if args.fit_steps else BLOCKS_A_FORWARD
+        )
         begin = time.perf_counter()
         report = initialize_asymgqa_weights(model, batches, progress=False)
         return model, {
@@ -368,6 +374,7 @@ IDENTITY = (
         "rank",
         "calibration_blocks",
         "seed",
+        "fit_steps",
     ),
     *("tokens", "rate", "batch", *OPTIONS),
 )
@@ -408,6 +415,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--groupings", nargs="+", default=["symmetric", "asymmetric"])
     parser.add_argument("--merge", choices=("mean", "aligned", "principal"), default="principal")
     parser.add_argument("--no-refit", dest="refit", action="store_false", help="of the output: leave o_proj alone")
+    parser.add_argument("--fit-steps", type=int, default=0, help="gradient steps a layer in the initialisation")
     parser.add_argument("--rank", type=int, default=64, help="of LoRA")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="calibration seeds; the first is trained")
     parser.add_argument("--data-seed", type=int, default=0, help="order of the training text")
