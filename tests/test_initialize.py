@@ -443,6 +443,51 @@ def test_similarities_are_symmetric_and_bounded():
         assert torch.tensor(after).min() > -1e-6
 
 
+@torch.no_grad()
+def error_beside_a_lost_token(size: float) -> float:
+    """Relative error of the second attention's output at tokens whose stream is not lost.
+
+    Behind the first layer the converted stream is off by so much at every row's first token.
+    """
+    model, seen = wrapped(), []
+    first, second = attention_sites(model)
+    offset = size * torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(4))
+
+    def lose(_module, _args, output):
+        if not first.output.disable_adapters:
+            output[:, 0] += offset
+
+    unwrap(model).get_submodule(first.layer_name).register_forward_hook(lose)
+    initialize_asymgqa_weights(model, IDS.split(8), progress=False)
+    second.output.register_forward_hook(lambda _module, _args, output: seen.append(output[:, 1:].clone()))
+    model(input_ids=HELD_OUT)
+    with model.disable_adapter():
+        model(input_ids=HELD_OUT)
+    converted, wanted = seen
+    return ((converted - wanted).norm() / wanted.norm()).item()
+
+
+def test_what_no_attention_can_make_up_for_does_not_spoil_the_refit(monkeypatch):
+    undisturbed, found = error_beside_a_lost_token(0), error_beside_a_lost_token(1000)
+    monkeypatch.setattr(module, "MOST_LOST", 1e30)
+    assert error_beside_a_lost_token(1000) > 100 * undisturbed
+    assert found < 1.2 * undisturbed
+
+
+def test_only_what_is_out_of_proportion_is_shortened():
+    lost = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    lost /= lost.norm(dim=-1, keepdim=True)
+    mask = torch.ones(3, 5)
+    lost[1, 2] *= 3
+    lost[0, 0] *= 1000
+    lost[2, 3:] *= 1e6
+    mask[2, 3:] = 0  # whatever lies there: these do not count
+    found = module.within_reach(lost, mask)
+    torch.testing.assert_close(found[0, 0], lost[0, 0] * module.MOST_LOST / 1000)
+    assert torch.equal(found[0, 1:], lost[0, 1:]) and torch.equal(found[1], lost[1])
+    assert torch.equal(module.within_reach(torch.zeros(2, 3, 4), None), torch.zeros(2, 3, 4))
+
+
 # ----------------------------------------------------------------------------------------------------- ranks
 
 

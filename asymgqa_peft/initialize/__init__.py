@@ -36,8 +36,10 @@ def initialize_asymgqa_weights(
     Both streams and one layer's targets (3 x tokens x hidden size) lie on the GPU where they take at most half of what
     is free there, in main memory otherwise; one batch and one layer's sums lie on the layer's device. Of what
     accelerate offloads (device_map), at most two layers are there at a time. Small eigenproblems run on the CPU, in as
-    many threads as torch may use; where a launcher of several processes left it only one, in as many as there are cores
-    for each. All LoRA of the adapter starts anew: a second call initialises again.
+    many threads as torch may use; where a launcher of several processes left it only one, in as many as there are
+    cores for each.
+
+    All LoRA of the adapter starts anew: a second call initialises again.
     Under grouping="neighbour" or "random" the adapter's groups, given ones included, are kept; otherwise searched.
     What the adapter's choices do not need is not run: with such groups, merge="mean" and no refit the batches are not
     read.
