@@ -580,7 +580,8 @@ def within_reach(lost: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     2024, arXiv 2402.17762). What is lost of these no attention makes up for: a refit that tries spoils all other
     tokens.
     """
-    norms = torch.linalg.vector_norm(lost, dim=-1, dtype=torch.float32)  # (B, T)
+    # (B, T), in float32 at least: squares of large 16-bit states are too large for float16.
+    norms = torch.linalg.vector_norm(lost, dim=-1, dtype=torch.promote_types(lost.dtype, torch.float32))
     counting = norms if mask is None else norms[mask.bool().to(norms.device)]
     limit = MOST_LOST * counting.median()
     shortened = lost * (limit / norms.clamp_min(1e-30)).clamp_max(1).unsqueeze(-1).to(lost.dtype)
