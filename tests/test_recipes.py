@@ -47,7 +47,7 @@ def test_every_recipe_is_a_module_of_the_package():
 
 def test_quickstart_prints_four_measured_rows_twice_in_a_row(tmp_path):
     """And a line per stage, but nothing that a library warns of."""
-    small = "--steps 1 --batch-size 2 --train-length 64 --block-size 128 --calibration-blocks 8 --held-out-blocks 4"
+    small = "--steps 1 --batch-size 2 --train-length 64 --calibration-blocks 33 --held-out-blocks 1"
     command = [sys.executable, "-m", "recipes.quickstart", "--output", str(tmp_path), *small.split()]
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)

@@ -572,7 +572,6 @@ def _naming(site: AttentionSite) -> Iterator[None]:
         raise ValueError(f"layer {site.layer}: {error}") from error
 
 
-@cache
 def within_reach(lost: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """What a stream has lost (B, T, E), shortened at tokens where that is out of all proportion; how many these are.
 
@@ -588,6 +587,7 @@ def within_reach(lost: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return shortened, (counting > limit).sum()
 
 
+@cache
 def _stream_of(_thread: int, device: torch.device) -> torch.cuda.Stream:
     """A thread's own stream: always the same one, because only on it memory that was freed there is used again.
 
