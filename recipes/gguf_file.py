@@ -126,6 +126,31 @@ def check_sha256(path: Path, expected: str) -> None:
         raise SystemExit(f"{path} has SHA-256 {found}, not {expected}: it is another file, or not whole.")
 
 
+def read_config(reader: GGUFReader) -> dict[str, object]:
+    """What transformers' configuration says of a model whose output layer is its embedding, but for the vocabulary.
+
+    The norms' epsilon is left out too: the file rounds it to a float32.
+    """
+
+    def value(key: str) -> object:
+        return reader.get_field(key).contents()
+
+    family = value("general.architecture")
+    return {
+        "hidden_size": value(f"{family}.embedding_length"),
+        "intermediate_size": value(f"{family}.feed_forward_length"),
+        "num_hidden_layers": value(f"{family}.block_count"),
+        "num_attention_heads": value(f"{family}.attention.head_count"),
+        "num_key_value_heads": value(f"{family}.attention.head_count_kv"),
+        "max_position_embeddings": value(f"{family}.context_length"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": value(f"{family}.rope.freq_base")},
+        "tie_word_embeddings": True,
+        "bos_token_id": value("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": value("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": value("tokenizer.ggml.padding_token_id"),
+    }
+
+
 def read_weights(reader: GGUFReader, embedding: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every tensor under transformers' name. `embedding` is GGUF's name of the embedding that the model reads.
 

@@ -63,7 +63,9 @@ def write(reader: GGUFReader, folder: Path, dtype: torch.dtype) -> None:
     """Write the model, its tokenizer and how to generate with it."""
     # The file holds the embedding twice, for the output in more bits. The released model has one for both.
     weights = gguf_file.read_weights(reader, "output.weight", dtype)
-    config = read_config(reader, vocab_size=weights["model.embed_tokens.weight"].shape[0])
+    # The embedding has more rows than there are tokens.
+    rows = len(weights["model.embed_tokens.weight"])
+    config = Qwen2Config(**gguf_file.read_config(reader), vocab_size=rows, rms_norm_eps=1e-6)
     generation = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=[config.eos_token_id, config.pad_token_id],  # <|im_end|> and <|endoftext|>
@@ -71,29 +73,6 @@ def write(reader: GGUFReader, folder: Path, dtype: torch.dtype) -> None:
     )
     gguf_file.save_model(config, weights, generation, folder)
     read_tokenizer(reader).save_pretrained(folder)
-
-
-def read_config(reader: GGUFReader, vocab_size: int) -> Qwen2Config:
-    """The model's shape and its special tokens; more rows of the embedding than tokens are usual."""
-
-    def value(key: str) -> object:
-        return reader.get_field(key).contents()
-
-    return Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=value("qwen2.embedding_length"),
-        intermediate_size=value("qwen2.feed_forward_length"),
-        num_hidden_layers=value("qwen2.block_count"),
-        num_attention_heads=value("qwen2.attention.head_count"),
-        num_key_value_heads=value("qwen2.attention.head_count_kv"),
-        max_position_embeddings=value("qwen2.context_length"),
-        rms_norm_eps=1e-6,  # what the file's float32 means
-        rope_parameters={"rope_type": "default", "rope_theta": value("qwen2.rope.freq_base")},
-        tie_word_embeddings=True,
-        bos_token_id=value("tokenizer.ggml.bos_token_id"),
-        eos_token_id=value("tokenizer.ggml.eos_token_id"),
-        pad_token_id=value("tokenizer.ggml.padding_token_id"),
-    )
 
 
 def read_tokenizer(reader: GGUFReader) -> Qwen2Tokenizer:

@@ -36,7 +36,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write(reader: GGUFReader, folder: Path, dtype: torch.dtype) -> None:
     """Write the model, its tokenizer and how to generate with it."""
-    config = read_config(reader)
+    config = LlamaConfig(
+        **gguf_file.read_config(reader),
+        vocab_size=reader.get_field("llama.vocab_size").contents(),
+        head_dim=reader.get_field("llama.rope.dimension_count").contents(),
+        rms_norm_eps=1e-5,
+    )
     weights = gguf_file.read_weights(reader, "token_embd.weight", dtype)
     for name, weight in weights.items():
         if name.endswith("q_proj.weight"):
@@ -45,30 +50,6 @@ def write(reader: GGUFReader, folder: Path, dtype: torch.dtype) -> None:
             weights[name] = halves_apart(weight, config.num_key_value_heads)
     gguf_file.save_model(config, weights, GenerationConfig.from_model_config(config), folder)
     read_tokenizer(reader).save_pretrained(folder)
-
-
-def read_config(reader: GGUFReader) -> LlamaConfig:
-    """The model's shape and its special tokens."""
-
-    def value(key: str) -> object:
-        return reader.get_field(key).contents()
-
-    return LlamaConfig(
-        vocab_size=value("llama.vocab_size"),
-        hidden_size=value("llama.embedding_length"),
-        intermediate_size=value("llama.feed_forward_length"),
-        num_hidden_layers=value("llama.block_count"),
-        num_attention_heads=value("llama.attention.head_count"),
-        num_key_value_heads=value("llama.attention.head_count_kv"),
-        head_dim=value("llama.rope.dimension_count"),
-        max_position_embeddings=value("llama.context_length"),
-        rms_norm_eps=1e-5,  # what the file's float32 means
-        rope_parameters={"rope_type": "default", "rope_theta": value("llama.rope.freq_base")},
-        tie_word_embeddings=True,
-        bos_token_id=value("tokenizer.ggml.bos_token_id"),
-        eos_token_id=value("tokenizer.ggml.eos_token_id"),
-        pad_token_id=value("tokenizer.ggml.padding_token_id"),
-    )
 
 
 def halves_apart(weight: torch.Tensor, heads: int) -> torch.Tensor:
