@@ -364,14 +364,19 @@ def checks(rows: list[dict], args: argparse.Namespace) -> dict[str, bool]:
     return found
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What is trained: a shape and the rank of its LoRA."""
     parser.add_argument("--shape", choices=shapes.SHAPES, default="llama-2-7b")
     parser.add_argument("--hidden", type=int, help="another shape: model width; heads of 64, MLP of 4 times the width")
     parser.add_argument("--vocab", type=int, help="vocabulary, with --hidden")
     parser.add_argument("--layers", type=int, help="default: the shape's")
     parser.add_argument("--rank", type=int, default=64, help="LoRA rank")
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
     parser.add_argument("--batch", type=int, default=4, help="sequences per step")
     parser.add_argument("--length", type=int, default=2048, help="tokens per sequence")
     parser.add_argument("--documents", type=int, help="mean length of documents that TRL packs into sequences")
