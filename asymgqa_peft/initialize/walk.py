@@ -307,8 +307,7 @@ class Walk:
         if isinstance(error or outcome[0], Exception):
             raise error or outcome[0]
         found, similarity = outcome[0]
-        with torch.no_grad():
-            heads = merge_layer(choice.moments, study.weights, found.partition, self.shared_shape, self.config.merge)
+        heads = merge_layer(choice.moments, study.weights, found.partition, self.shared_shape, self.config.merge)
         return Choice(heads, found, similarity)
 
     def _convert(self, site: AttentionSite, study: Study, beside: Executor) -> Study | None:
