@@ -7,9 +7,12 @@
 four numbers with names and asks for one (`niah_multikey_1` of RULER, Hsieh et al., 2024, arXiv 2404.06654). RULER's
 own tasks in lm-eval download essays and word lists; the text here is made up by a seeded generator instead, the same
 on every machine. Every model answers the same prompts, those of the first one's tokenizer and chat template, whose
-reply is begun for it ("The pass key is"). Two measures:
+reply is begun for it ("The pass key is"). Three measures:
 
     exact match             share of greedy replies whose first number is the right one
+    found                   share of prompts whose right number greedy gives among those tokens alone that hold only
+                            digits and blanks: has the model found it, whatever words it would rather begin with?
+                            Looks as far as the answer goes: a longer number that begins with it counts
     token accuracy, nats    of the right answer's tokens, each predicted after the right ones before it: a graded
                             measure, which still moves where a small model answers nothing right
 
@@ -91,17 +94,22 @@ class Prompt:
 
 @dataclass
 class Results:
-    """What a model made of some prompts, in their order: whether greedy is right, token accuracy, nats per token."""
+    """What a model made of some prompts, in their order: whether greedy is right, and greedy among digits and blanks,
+    token accuracy, nats per token, and what greedy said."""
 
     exact: list[bool] = field(default_factory=list)
+    found: list[bool] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     nats: list[float] = field(default_factory=list)
+    replies: list[str] = field(default_factory=list)
 
     def extend(self, other: Results) -> None:
         """Append another's."""
         self.exact += other.exact
+        self.found += other.found
         self.accuracy += other.accuracy
         self.nats += other.nats
+        self.replies += other.replies
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
@@ -120,14 +128,14 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     rows = []
     for name in args.models:
         model = load_model(name, args)
-        found = {}
+        measured = {}
         for key, chosen in prompts.items():
-            found[key] = measure(model, chosen, tokenizer, f"{name} {key[0]} {key[1]}", args)
-            line = {"model": name, "test": key[0], "context": key[1], **summary(chosen, found[key], first.get(key))}
+            measured[key] = measure(model, chosen, tokenizer, f"{name} {key[0]} {key[1]}", args)
+            line = {"model": name, "test": key[0], "context": key[1], **summary(chosen, measured[key], first.get(key))}
             tell(line | facts | {"seed": args.seed, "dtype": str(model.dtype)}, args.output)
         del model  # not two at a time
-        rows += table_rows(name, found, first, args)
-        first = first or found
+        rows += table_rows(name, measured, first, args)
+        first = first or measured
     print_report(rows, args.device, settings=vars(args))
     return rows
 
@@ -208,10 +216,16 @@ def make_prompt(task: Task, context: int, tokenizer: PreTrainedTokenizerBase) ->
     """The task in a text as long as the context allows.
 
     Raises:
-        SystemExit: if the context is too short for the task without any filler.
+        SystemExit: if the context is too short for the task without any filler, or the tokenizer joins the answer
+            with other characters, so that it cannot be found.
     """
     bare = len(reply_ids(task, [], tokenizer))
     answer_ids = reply_ids(task, [], tokenizer, with_answer=True)[bare:]
+    if not set(answer_ids) <= set(digits_and_blanks(tokenizer)):
+        tokens = tokenizer.convert_ids_to_tokens(answer_ids)
+        raise SystemExit(
+            f"{task.answer} has no tokens of its own in this tokenizer, but {tokens}: take another model."
+        )
     limit = context - len(answer_ids) - REPLY_MARGIN
     room = limit - bare
     if room < 0:
@@ -236,6 +250,19 @@ def tokens_in_a_text(word: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of a word that follows another one."""
     alone, followed = tokenizer(["a", f"a {word}"], add_special_tokens=False).input_ids
     return len(followed) - len(alone)
+
+
+@cache
+def digits_and_blanks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Indices of the tokens whose text holds nothing but digits and blanks, one at least."""
+    # Behind a letter, since some tokenizers drop a blank at the beginning of a text.
+    letter = tokenizer("a", add_special_tokens=False).input_ids
+    texts = tokenizer.batch_decode([[*letter, index] for index in range(len(tokenizer))])
+    chosen = []
+    for index, text in enumerate(texts):
+        if re.fullmatch("a[0-9 ]+", text):
+            chosen.append(index)
+    return tuple(chosen)
 
 
 def reply_ids(
@@ -303,12 +330,17 @@ def answer(prompts: list[Prompt], model: nn.Module, tokenizer: PreTrainedTokeniz
     kept = targets.shape[1] + 1
     logits = model(input_ids=torch.cat([ids, targets], 1), use_cache=False, logits_to_keep=kept).logits[:, :-1]
     predicted = logits.argmax(-1)
+    # Up to the first mistake, greedy has read the right tokens too: all are right here where they are in greedy.
+    allowed = torch.tensor(digits_and_blanks(tokenizer), device=logits.device)
+    numbers = allowed[logits[..., allowed].argmax(-1)]  # (B, answer)
     nats = -logits.float().log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)  # (B, answer)
     replies = greedy(model, ids, tokenizer, kept - 1 + REPLY_MARGIN)
     for row, (prompt, right) in enumerate(zip(prompts, answers, strict=True)):
         count = len(right)
+        results.found.append(torch.equal(numbers[row, :count], right))
         results.accuracy.append((predicted[row, :count] == right).double().mean().item())
         results.nats.append(nats[row, :count].double().mean().item())
+        results.replies.append(replies[row])
         number = re.search(r"\d+", replies[row])
         results.exact.append(number is not None and number.group() == prompt.answer)
     return results
@@ -335,6 +367,7 @@ def summary(prompts: list[Prompt], results: Results, first: Results | None) -> d
         here = [index for index, prompt in enumerate(prompts) if prompt.depth == depth]
         depths[str(depth)] = {
             "exact match": statistics.mean(results.exact[index] for index in here),
+            "found": statistics.mean(results.found[index] for index in here),
             "nats per token": statistics.mean(results.nats[index] for index in here),
         }
     row = {
@@ -342,14 +375,22 @@ def summary(prompts: list[Prompt], results: Results, first: Results | None) -> d
         "longest prompt": max(len(prompt.ids) for prompt in prompts),
         "exact match": statistics.mean(results.exact),
         "interval": wilson(sum(results.exact), len(prompts)),
+        "found": statistics.mean(results.found),
+        "found interval": wilson(sum(results.found), len(prompts)),
         "token accuracy": statistics.mean(results.accuracy),
         "nats per token": statistics.mean(results.nats),
         "depths": depths,
     }
     if first is not None:
         row["exact match minus the first's"] = difference(results.exact, first.exact)
+        row["found minus the first's"] = difference(results.found, first.found)
         row["nats minus the first's"] = difference(results.nats, first.nats)
-    each = {"exact": [int(value) for value in results.exact], "nats": [round(value, 5) for value in results.nats]}
+    each = {
+        "exact": [int(value) for value in results.exact],
+        "found": [int(value) for value in results.found],
+        "nats": [round(value, 5) for value in results.nats],
+        "reply": results.replies,
+    }
     return row | {"each prompt": each}
 
 
@@ -368,26 +409,31 @@ def difference(values: list[float], others: list[float]) -> tuple[float, float]:
 
 
 def table_rows(
-    name: str, found: dict[tuple[str, int], Results], first: dict[tuple[str, int], Results], args: argparse.Namespace
+    name: str,
+    measured: dict[tuple[str, int], Results],
+    first: dict[tuple[str, int], Results],
+    args: argparse.Namespace,
 ) -> list[dict]:
-    """A row for each test: exact match at each context, the other measures over all contexts."""
+    """A row for each test: exact match and found at each context, the other measures over all contexts."""
     rows = []
     for test in args.tests:
         row, whole, reference = {"model": name, "test": test}, Results(), Results()
         for context in args.contexts:
-            results = found[test, context]
-            low, high = wilson(sum(results.exact), len(results.exact))
-            row[f"exact match at {context}"] = f"{statistics.mean(results.exact):.2f} ({low:.2f}-{high:.2f})"
+            results = measured[test, context]
+            for measure_name, right in (("exact match", results.exact), ("found", results.found)):
+                low, high = wilson(sum(right), len(right))
+                row[f"{measure_name} at {context}"] = f"{statistics.mean(right):.2f} ({low:.2f}-{high:.2f})"
             whole.extend(results)
             if first:
                 reference.extend(first[test, context])
         row["token accuracy"] = statistics.mean(whole.accuracy)
         row["nats per token"] = statistics.mean(whole.nats)
-        if first:
-            row["exact match minus the first's"] = "{:+.3f} ± {:.3f}".format(*difference(whole.exact, reference.exact))
-            row["nats minus the first's"] = "{:+.3f} ± {:.3f}".format(*difference(whole.nats, reference.nats))
-        else:
-            row["exact match minus the first's"] = row["nats minus the first's"] = None
+        for measure_name, field_name in (("exact match", "exact"), ("found", "found"), ("nats", "nats")):
+            change = None
+            if first:
+                mean, half = difference(getattr(whole, field_name), getattr(reference, field_name))
+                change = f"{mean:+.3f} ± {half:.3f}"
+            row[f"{measure_name} minus the first's"] = change
         rows.append(row)
     return rows
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,16 +122,50 @@ def test_measures_are_those_of_one_prompt_at_a_time_in_float64(model, tokenizer)
     assert sum(results.accuracy) > 0 and results.exact == [False] * len(prompts)
 
 
-class Parrot(torch.nn.Module):
-    """Continues a prompt with what it was told to."""
+def number_token_by_token(model, ids: list[int], tokenizer, count: int) -> list[int]:
+    """What a float64 model says if it may say digits and blanks only."""
+    allowed = [index for index in range(len(tokenizer)) if re.fullmatch("[0-9 ]+", tokenizer.decode([index]))]
+    said: list[int] = []
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + said])).logits[0, -1].tolist()
+        said.append(max(allowed, key=logits.__getitem__))
+    return said
 
-    def __init__(self, tokenizer, replies: dict[tuple[int, ...], str]):
+
+def test_found_is_what_greedy_says_token_by_token_among_digits_and_blanks(model, tokenizer):
+    """Every second prompt asks for what this model says, the others for what was hidden or for one wrong token."""
+    double = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float64).eval()
+    prompts, expected = [], []
+    for index, prompt in enumerate(prompts_of("passkey", 200, tokenizer)):
+        said = number_token_by_token(double, prompt.ids, tokenizer, 5)
+        if index % 2:
+            prompt = replace(prompt, answer_ids=said)
+        elif index:
+            wrong = said[index] + 1
+            prompt = replace(prompt, answer_ids=[*said[:index], wrong, *said[index + 1 :]])
+        prompts.append(prompt)
+        expected.append(prompt.answer_ids == said)
+    results = needles.measure(model, prompts, tokenizer, "", SimpleNamespace(batch_tokens=700))
+    assert results.found == expected and sum(expected) == 3
+
+
+class Parrot(torch.nn.Module):
+    """Continues a prompt with what it was told to. Among digits and blanks it prefers `number` where one is given, but
+    a word to that, and to both a logit that no token has."""
+
+    def __init__(self, tokenizer, replies: dict[tuple[int, ...], str], number: str = ""):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.tokenizer, self.replies = tokenizer, replies
+        self.tokenizer, self.replies, self.number = tokenizer, replies, number
 
     def forward(self, input_ids, use_cache, logits_to_keep):
-        return SimpleNamespace(logits=torch.zeros(len(input_ids), logits_to_keep, len(self.tokenizer)))
+        logits = torch.zeros(len(input_ids), logits_to_keep, len(self.tokenizer) + 8 * bool(self.number))
+        for place, token in enumerate(self.tokenizer(self.number).input_ids):
+            logits[:, place, token] = 1.0
+            logits[:, place, self.tokenizer(" a").input_ids] = 2.0
+            logits[:, place, -1] = 3.0
+        return SimpleNamespace(logits=logits)
 
     def generate(self, input_ids, attention_mask, **_):
         said = [self.tokenizer(self.replies[tuple(row)]).input_ids for row in input_ids.tolist()]
@@ -146,7 +181,23 @@ def test_exact_is_the_first_number_of_the_reply_and_the_whole_of_it(tokenizer):
     parrot = Parrot(tokenizer, replies)
     results = needles.measure(parrot, prompts, tokenizer, "", SimpleNamespace(batch_tokens=600))
     assert results.exact == [True, True, True, False, False, False]
+    assert results.replies == list(replies.values())
     assert results.nats == pytest.approx([math.log(len(tokenizer))] * 6)
+
+
+@pytest.mark.parametrize(("form", "found"), [(" {}", True), (" {}0", True), (" {:.4}", False), (" 1{}", False)])
+def test_a_number_is_found_where_the_model_would_rather_say_a_word(form, found, tokenizer):
+    prompt = prompts_of("passkey", 200, tokenizer)[0]
+    parrot = Parrot(tokenizer, {tuple(prompt.ids): " a special key"}, form.format(prompt.answer))
+    results = needles.measure(parrot, [prompt], tokenizer, "", SimpleNamespace(batch_tokens=600))
+    assert (results.exact, results.found, results.accuracy) == ([False], [found], [0.0])
+
+
+def test_a_tokenizer_that_joins_the_answer_with_words_is_refused(tokenizer, monkeypatch):
+    blanks = tuple(index for index in needles.digits_and_blanks(tokenizer) if tokenizer.decode([index]) != "7")
+    monkeypatch.setattr(needles, "digits_and_blanks", lambda tokenizer: blanks)
+    with pytest.raises(SystemExit, match=r"has no tokens of its own .*'7'"):
+        prompts_of("passkey", 200, tokenizer, repeats=20)
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 5), (3, 10), (10, 10), (60, 100)])
@@ -179,6 +230,8 @@ def test_an_adapter_finds_what_its_merged_model_finds(folders, tmp_path, capsys)
             mine["nats per token"] - untouched["nats per token"]
         )
         assert mine["exact match"] == sum(mine["each prompt"]["exact"]) / 2
+        assert mine["found"] == sum(mine["each prompt"]["found"]) / 2
+        assert mine["found minus the first's"][0] == mine["found"] - untouched["found"]
         assert mine["depths"]["1.0"]["nats per token"] == pytest.approx(mine["each prompt"]["nats"][1], abs=1e-4)
     printed = capsys.readouterr().out
     assert len(rows) == 6 and printed.count(" passkey |") == printed.count(" multikey |") == 3
