@@ -13,6 +13,7 @@ from time import sleep
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asymgqa_peft.adapter.slots import HeadLayout
 from asymgqa_peft.attention import register_grouped_sdpa
@@ -27,6 +28,7 @@ from recipes.benchmarks import (
     memory,
     offloaded,
     overhead,
+    own_text,
     quality_per_byte,
     scaling,
     shapes,
@@ -371,3 +373,76 @@ def test_wide_heads_are_measured_against_narrow_ones_of_the_same_bytes(tmp_path)
     fitted = [json.loads(line) for line in out.read_text().splitlines()][len(lines) :]
     assert [line["fit_steps"] for line in fitted] == [4, 4, 4]  # other measurements than those of the same arm
     assert fitted[0]["validation"] != wide[0]["validation"]
+
+
+# Special tokens, a system message of its own, and a blank before a user's words.
+CHAT_TEMPLATE = (
+    "<|pad|>system Help.<|endoftext|>\n"
+    "{% for message in messages %}<|pad|>{{ message['role'] }} {{ message['content'] }}<|endoftext|>\n{% endfor %}"
+)
+
+
+@pytest.fixture
+def chat_model(tmp_path) -> Path:
+    """The bundled model, whose tokenizer has a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(RECIPES / "tiny_model")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    for part in (AutoModelForCausalLM.from_pretrained(RECIPES / "tiny_model"), tokenizer):
+        part.save_pretrained(tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+def samples_of(arguments: list[str], out: Path, monkeypatch) -> tuple[torch.Tensor, str]:
+    """Ids (B, T) of one batch that own_text.py samples, and the file that it writes."""
+    batches = []
+    write = own_text.texts
+    monkeypatch.setattr(own_text, "texts", lambda sampled, *rest: batches.append(sampled) or write(sampled, *rest))
+    own_text.main([*arguments, "--out", str(out), "--tokens", "1", "--length", "40", "--batch-size", "3"])
+    (batch,) = batches
+    return batch, own_text.open_text(out)
+
+
+def test_conversations_begin_as_the_chat_template_does_and_keep_special_tokens(chat_model, tmp_path, monkeypatch):
+    sampled, written = samples_of(["--model", str(chat_model), "--chat"], tmp_path / "own.txt.xz", monkeypatch)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    begin = tokenizer("<|pad|>system Help.<|endoftext|>\n<|pad|>user").input_ids
+    assert sampled.shape == (3, 40) and sampled[:, : len(begin)].tolist() == [begin] * 3
+    assert len({tuple(row) for row in sampled.tolist()}) == 3
+    special = set(tokenizer.all_special_ids)
+    expected = [token for token in sampled.flatten().tolist() if token in special]
+    assert [token for token in tokenizer(written).input_ids if token in special] == expected and len(expected) >= 9
+
+
+def test_a_conversation_is_tokenised_to_what_it_was(chat_model):
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    said = [{"role": "user", "content": "Who ?"}, {"role": "assistant", "content": "It is 3 . Isn 't it?"}]
+    ids = tokenizer(tokenizer.apply_chat_template(said, tokenize=False)).input_ids
+    (text,) = own_text.texts(torch.tensor([ids]), tokenizer, chat=True)
+    assert tokenizer(text).input_ids == ids
+
+
+def test_samples_begin_with_tokens_of_the_text(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"def number_{count}(): return {count}\n" for count in range(50)))
+    command = ["--model", str(RECIPES / "tiny_model"), "--prompts", str(text), "--prompt-tokens", "8"]
+    sampled, written = samples_of(command, tmp_path / "own.txt.xz", monkeypatch)
+    tokenizer = AutoTokenizer.from_pretrained(RECIPES / "tiny_model")
+    for begin in tokenizer.batch_decode(sampled[:, :8]):
+        assert begin in text.read_text() and begin in written
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [([], "no chat template"), (["--length", "7"], "--length 7: a sample begins with .* tokens already")],
+)
+def test_conversations_that_cannot_begin_are_told_before_the_model_is_loaded(options, says, chat_model, monkeypatch):
+    monkeypatch.delattr(own_text, "AutoModelForCausalLM")
+    model = chat_model if options else RECIPES / "tiny_model"
+    with pytest.raises(SystemExit, match=says):
+        own_text.main(["--model", str(model), "--chat", "--out", "none.txt.xz", *options])
+
+
+def test_text_to_begin_with_or_a_chat_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        own_text.main(["--model", "none", "--out", "none.txt.xz"])
+    assert "--prompts --chat is required" in capsys.readouterr().err
