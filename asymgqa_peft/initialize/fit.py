@@ -29,6 +29,7 @@ def fit_heads(
     adapter_name: str,
     calls: list[Callable[[], Tensor]],
     targets: list[Tensor],
+    scales: list[Tensor],
     masks: list[Tensor | None],
     output_weight: Tensor,
     steps: int,
@@ -43,6 +44,7 @@ def fit_heads(
         adapter_name: whose tensors.
         calls: for each batch, what runs the decoder layer.
         targets: for each batch, what o_proj shall return without its bias, (B, T, E).
+        scales: for each batch, (B, T, 1), what each token's error is multiplied by.
         masks: for each batch, (B, T), nonzero at tokens that count; None counts all.
         output_weight: (E, H D), o_proj's own weight.
         steps: of Adam, each on one batch.
@@ -64,7 +66,8 @@ def fit_heads(
             heads = tokens_that_count(record["heads"], masks[batch])
             heads = heads.to(torch.promote_types(heads.dtype, torch.float32))
             wanted = tokens_that_count(targets[batch], masks[batch]).to(heads)
-            return (heads @ output_weight.to(heads).T - wanted).square().sum()
+            scale = tokens_that_count(scales[batch], masks[batch]).to(heads)
+            return ((heads @ output_weight.to(heads).T - wanted) * scale).square().sum()
 
         def total_error() -> float:
             total = torch.zeros(1, dtype=torch.float64)

@@ -33,6 +33,12 @@ class Streams:
         self.current: list[Tensor] = []
         self.storage = torch.device("cpu")
 
+    def add(self, batches: list[Tensor]) -> None:
+        """More batches, of tokens (B, T) that all count."""
+        for ids in batches:
+            self.batches.append({"input_ids": ids})
+            self.masks.append(None)
+
     def capture(self, model: nn.Module, layers: list[nn.Module], converts: bool) -> None:
         """Run every batch through the original model, up to its last layer: the first one in full, which tells what
         layers return, and the others past the layers, since only the arguments of the layers are wanted.

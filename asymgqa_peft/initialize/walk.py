@@ -48,10 +48,6 @@ SEARCHES = 2
 NEGLIGIBLE_SPREAD = 1e-3
 """Relative difference of divisors that needs no note."""
 
-MOST_LOST = 16.0
-"""Of a token's stream, over the batch's median: what the refit tries to make up for. SmolLM2-135M with one head of
-128, calibrated on 8,192 tokens, has a perplexity of 50.5 at 4, 46.5 at 16 and 47.9 without a limit."""
-
 FEW_TOKENS = 32
 """For each number that enters o_proj: below it the refit fits noise. SmolLM2-135M, untrained, one head of 128, times
 the base's perplexity: 1.503 at 14, 1.183 at 114, 1.165 at 420."""
@@ -317,11 +313,11 @@ class Walk:
         streams while the next layer's are searched.
         """
         index, streams = site.layer, self.streams
-        following = targets = attended = None
+        following = targets = scales = attended = None
         with _naming(site):
             if index in self.aimed:
                 with self._timed("targets"):
-                    targets = self._targets(site)
+                    targets, scales = self._targets(site)
             elif index < self.original_end:
                 with self._timed("original stream"), _as_base(self.layers[index]):
                     self._advance(index, streams.original)
@@ -337,10 +333,10 @@ class Walk:
                     self.divisor_spreads.append(self._divisor_spreads(site))
             if self.config.fit_steps:
                 with self._timed("fit"):
-                    self._fit(site, study.weights.output, targets)
+                    self._fit(site, study.weights.output, targets, scales)
             if index in self.refitted:
                 with self._timed("refit"):
-                    attended = self._refit(site, study.weights.output, targets)
+                    attended = self._refit(site, study.weights.output, targets, scales)
             else:
                 self.notes[self._no_refit(site)].append(index)
             if index < self.converted_end:
@@ -405,31 +401,28 @@ class Walk:
         sum_over_ranks([sums])
         return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
 
-    def _targets(self, site: AttentionSite) -> list[Tensor]:
-        """Advance the original stream by one layer if that is read again; what the refit aims at, per batch."""
-        streams, bias, targets, shortened = self.streams, base_layer(site.output).bias, [], 0
+    def _targets(self, site: AttentionSite) -> tuple[list[Tensor], list[Tensor]]:
+        """Advance the original stream by one layer if that is read again; what the refit aims at and the scale of each
+        token's error, per batch."""
+        streams, bias, targets, scales = self.streams, base_layer(site.output).bias, [], []
         layer, is_end = self.layers[site.layer], site.layer == self.original_end
         with _as_base(layer), recording({"output": site.output}, stops=is_end) as record:
             for batch, call in streams.run_layer(layer, site.layer, streams.original):
                 entering = streams.original[batch]
                 with suppress(Stop):
                     streams.original[batch] = streams.stored(call())
-                target = record["output"]
+                target = normed = record["output"]
                 if bias is not None:
                     target = target - bias
                 if site.family.plain_residual:
                     # o_proj's output is added to the stream, so the refit can make up for what earlier layers lost.
-                    lost = entering.to(target.device) - streams.current[batch].to(target.device)
-                    lost, tokens = within_reach(lost, streams.masks[batch])
-                    target = target + lost
-                    shortened += tokens
+                    entering = entering.to(target.device)
+                    normed = normed + entering
+                    lost = entering - streams.current[batch].to(target.device)
+                    target = target + no_larger(lost, normed)
+                scales.append(error_scales(normed))
                 targets.append(streams.stored(target))
-        if shortened:
-            self.notes[
-                f"some tokens lost over {MOST_LOST:g} times as much as the median of all before this layer (massive "
-                "activations), for which the refit makes up in part: measure refit_output=False beside it."
-            ].append(site.layer)
-        return targets
+        return targets, scales
 
     def _search(self, moments: LayerMoments, index: int) -> tuple[SearchResult, tuple[Tensor, Tensor]]:
         """The layer's groups, kept if they need no data and searched otherwise, and how alike heads are.
@@ -468,16 +461,16 @@ class Walk:
         self.search_seconds += time.perf_counter() - start
         return found, similarity
 
-    def _fit(self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor]) -> None:
+    def _fit(self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor], scales: list[Tensor]) -> None:
         """Fit the shared heads to the targets on the converted stream."""
         streams = self.streams
         calls = [call for _, call in streams.run_layer(self.layers[site.layer], site.layer, streams.current)]
         steps, seed = self.config.fit_steps, self.config.seed
-        if not fit_heads(site, self.adapter, calls, targets, streams.masks, output_weight, steps, seed):
+        if not fit_heads(site, self.adapter, calls, targets, scales, streams.masks, output_weight, steps, seed):
             self.notes["the steps of fit_steps were taken back: the error did not fall."].append(site.layer)
 
     def _refit(
-        self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor | None]
+        self, site: AttentionSite, output_weight: Tensor, targets: list[Tensor | None], scales: list[Tensor]
     ) -> Callable[[int], Tensor]:
         """Start o_proj's LoRA from the least-squares fit of the targets on the converted stream; uses them up.
 
@@ -489,7 +482,7 @@ class Walk:
         inputs, turn = targets, None
 
         def collect(_module: nn.Module, args: tuple) -> None:
-            refit.update(args[0], targets[batch], streams.masks[batch])
+            refit.update(args[0], targets[batch], streams.masks[batch], scales[batch])
             # In the place of its target, which is done with.
             inputs[batch] = streams.stored(args[0])
             raise Stop
@@ -571,19 +564,29 @@ def _naming(site: AttentionSite) -> Iterator[None]:
         raise ValueError(f"layer {site.layer}: {error}") from error
 
 
-def within_reach(lost: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What a stream has lost (B, T, E), shortened at tokens where that is out of all proportion; how many these are.
+def no_larger(lost: Tensor, state: Tensor) -> Tensor:
+    """What a stream has lost (B, T, E), shortened to the length of the token's state (B, T, E) where it is longer.
 
-    Most models give a few tokens, a row's first above all, states a hundred times as large as the rest (Sun et al.
-    2024, arXiv 2402.17762). What is lost of these no attention makes up for: a refit that tries spoils all other
-    tokens.
+    A converted model may give massive states to a token that has none in the base, which no attention makes up for: a
+    fit that tries spoils all other tokens.
     """
-    # (B, T), in float32 at least: squares of large 16-bit states are too large for float16.
-    norms = torch.linalg.vector_norm(lost, dim=-1, dtype=torch.promote_types(lost.dtype, torch.float32))
-    counting = norms if mask is None else norms[mask.bool().to(norms.device)]
-    limit = MOST_LOST * counting.median()
-    shortened = lost * (limit / norms.clamp_min(1e-30)).clamp_max(1).unsqueeze(-1).to(lost.dtype)
-    return shortened, (counting > limit).sum()
+    wide = torch.promote_types(lost.dtype, torch.float32)
+    lengths = [torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=wide) for vectors in (state, lost)]
+    share = (lengths[0] / lengths[1].clamp_min(1e-30)).clamp_max(1)
+    return lost * share.to(lost.dtype)
+
+
+def error_scales(normed: Tensor) -> Tensor:
+    """(B, T, 1) to multiply a token's error by: one over the root mean square of what a norm divides next (B, T, E).
+
+    Behind that norm errors are relative to the token's own state. Without it, the few tokens with states a hundred
+    times as large as the rest (massive activations, Sun et al. 2024, arXiv 2402.17762) would decide every fit. A power
+    of two, so that activations of 16 bits are scaled without rounding.
+    """
+    size = normed.to(torch.promote_types(normed.dtype, torch.float32)).square().mean(-1, keepdim=True).sqrt()
+    # 1 for tokens of zeros, which padding may be.
+    size = torch.where(size > 0, size, 1.0)
+    return torch.exp2(-size.log2().round()).to(normed.dtype)
 
 
 @cache
