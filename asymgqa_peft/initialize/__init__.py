@@ -32,7 +32,8 @@ def initialize_asymgqa_weights(
     The model is walked as GPTQ walks it. Two streams of hidden states run through it, the original model's and the
     converted one's; at each layer, statistics of the original give groups and shared heads, and o_proj's LoRA starts
     from the change that best reproduces the original attention output on the converted stream. Where the configuration
-    asks for `fit_steps`, so many gradient steps towards that output come before it, each on one batch.
+    asks for `fit_steps`, so many gradient steps towards that output come before it, each on one batch. For these two,
+    rows of single tokens are read beside the batches where texts begin differently (`row_starts`).
 
     Both streams and one layer's targets (3 x tokens x hidden size) lie on the GPU where they take at most half of what
     is free there, in main memory otherwise; one batch and one layer's sums lie on the layer's device. Of what
@@ -62,10 +63,12 @@ def initialize_asymgqa_weights(
     streams = Streams(checked_batches(batches))
     walk = Walk(model, tuner, adapter_name, streams)
     walk.check_tokens()
+    starts = []
     if walk.aimed:
-        streams.add(row_starts(streams.batches, model.config.get_text_config().bos_token_id))
+        starts = row_starts(streams.batches, model.config.get_text_config().bos_token_id)
     if walk.reads_data:
-        check_memory(model, tuner, adapter_name, streams.batches)
+        check_memory(model, tuner, adapter_name, streams.batches, starts)
+    streams.add(starts)
     with evaluating(model), all_or_nothing(model, tuner, adapter_name), share_of_cores():
         model.set_adapter(adapter_name)
         return walk.run(progress)

@@ -45,8 +45,13 @@ def checked_model(model: PeftModel, adapter_name: str | None) -> tuple[AsymGQAMo
     return tuner, adapter_name
 
 
-def check_memory(model: PeftModel, tuner: AsymGQAModel, adapter_name: str, batches: list[dict[str, Tensor]]) -> None:
-    """Raise ValueError, on all ranks alike, if the initialisation certainly does not fit; warn where it may not."""
+def check_memory(
+    model: PeftModel, tuner: AsymGQAModel, adapter_name: str, batches: list[dict[str, Tensor]], starts: list[Tensor]
+) -> None:
+    """Raise ValueError, on all ranks alike, if the initialisation certainly does not fit; warn where it may not.
+
+    Of what is read, `batches` are the caller's and `starts` are added to them.
+    """
     if is_offloaded(tuner.model):
         # Its weights come and go, which is not estimated.
         return
@@ -55,7 +60,7 @@ def check_memory(model: PeftModel, tuner: AsymGQAModel, adapter_name: str, batch
     need = initialization_need(
         Sizes.of(tuner.model, tuner.sites[0].layout(adapter_name).shape.head_dim),
         trained=sum(tensor.numel() for _, tensor in _adapter_tensors(model, adapter_name)),
-        tokens=sum(sizes),
+        tokens=sum(sizes) + sum(map(len, starts)),
         batch=max(sizes, default=0),
         refits=tuner.peft_config[adapter_name].refit_output,
         gpu_free=free_memory(device) if device.type == "cuda" else None,
