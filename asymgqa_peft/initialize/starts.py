@@ -45,10 +45,11 @@ def _texts(batches: list[dict[str, Tensor]]) -> Iterator[Tensor]:
     for batch in batches:
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         for index, row in enumerate(batch["input_ids"].cpu()):
+            texts = [row]
             if mask is not None:
-                row = row[mask[index].bool().cpu()]
+                texts = [row[mask[index].bool().cpu()]]
             elif positions is not None:
-                yield from row.tensor_split((positions[index].cpu()[1:] == 0).nonzero().flatten() + 1)
-                continue
-            if len(row):
-                yield row
+                # Packed documents, of which each begins at position 0.
+                begins = (positions[index].cpu()[1:] == 0).nonzero().flatten() + 1
+                texts = row.tensor_split(begins)
+            yield from filter(len, texts)

@@ -570,9 +570,7 @@ def no_larger(lost: Tensor, state: Tensor) -> Tensor:
     A converted model may give massive states to a token that has none in the base, which no attention makes up for: a
     fit that tries spoils all other tokens.
     """
-    wide = torch.promote_types(lost.dtype, torch.float32)
-    lengths = [torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=wide) for vectors in (state, lost)]
-    share = (lengths[0] / lengths[1].clamp_min(1e-30)).clamp_max(1)
+    share = (_lengths(state) / _lengths(lost).clamp_min(1e-30)).clamp_max(1)
     return lost * share.to(lost.dtype)
 
 
@@ -583,10 +581,16 @@ def error_scales(normed: Tensor) -> Tensor:
     times as large as the rest (massive activations, Sun et al. 2024, arXiv 2402.17762) would decide every fit. A power
     of two, so that activations of 16 bits are scaled without rounding.
     """
-    size = normed.to(torch.promote_types(normed.dtype, torch.float32)).square().mean(-1, keepdim=True).sqrt()
+    size = _lengths(normed) / normed.shape[-1] ** 0.5
     # 1 for tokens of zeros, which padding may be.
     size = torch.where(size > 0, size, 1.0)
     return torch.exp2(-size.log2().round()).to(normed.dtype)
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """(B, T, E) -> (B, T, 1), in float32 at least: squares of large 16-bit states are too large for float16."""
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype)
 
 
 @cache
