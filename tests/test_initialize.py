@@ -122,7 +122,8 @@ def test_refit_is_solved_on_the_converted_stream(name):
             target = original["output"] if bias is None else original["output"] - bias
             lost.append((original["entering"] - record["entering"]).flatten(0, 1))
             size = (original["entering"] + original["output"]).double().square().mean(-1, keepdim=True).sqrt()
-            refit.update(record["inputs"], target + lost[-1].view_as(target), scales=0.5 ** size.log2().round())
+            scales = 0.5 ** size.log2().round()
+            refit.update(record["inputs"] * scales, (target + lost[-1].view_as(target)) * scales)
     assert torch.cat(lost).norm() > 1e-3  # earlier layers did lose something
     expected = lora.scaling["default"] * torch.mm(*reversed(refit.low_rank(4, lora.scaling["default"])))
     change = lora.get_delta_weight("default").double()

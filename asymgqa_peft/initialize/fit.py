@@ -43,7 +43,7 @@ def fit_heads(
         site: the layer; its shared heads are written, and LoRA that is to be fitted is active.
         adapter_name: whose tensors.
         calls: for each batch, what runs the decoder layer.
-        targets: for each batch, what o_proj shall return without its bias, (B, T, E).
+        targets: for each batch, what o_proj shall return without its bias, times `scales`, (B, T, E).
         scales: for each batch, (B, T, 1), what each token's error is multiplied by.
         masks: for each batch, (B, T), nonzero at tokens that count; None counts all.
         output_weight: (E, H D), o_proj's own weight.
@@ -67,7 +67,7 @@ def fit_heads(
             heads = heads.to(torch.promote_types(heads.dtype, torch.float32))
             wanted = tokens_that_count(targets[batch], masks[batch]).to(heads)
             scale = tokens_that_count(scales[batch], masks[batch]).to(heads)
-            return ((heads @ output_weight.to(heads).T - wanted) * scale).square().sum()
+            return (heads @ output_weight.to(heads).T * scale - wanted).square().sum()
 
         def total_error() -> float:
             total = torch.zeros(1, dtype=torch.float64)

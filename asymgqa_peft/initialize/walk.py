@@ -402,8 +402,8 @@ class Walk:
         return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
 
     def _targets(self, site: AttentionSite) -> tuple[list[Tensor], list[Tensor]]:
-        """Advance the original stream by one layer if that is read again; what the refit aims at and the scale of each
-        token's error, per batch."""
+        """Advance the original stream by one layer if that is read again; what the refit aims at, times the scale of
+        each token's error, and that scale, per batch."""
         streams, bias, targets, scales = self.streams, base_layer(site.output).bias, [], []
         layer, is_end = self.layers[site.layer], site.layer == self.original_end
         with _as_base(layer), recording({"output": site.output}, stops=is_end) as record:
@@ -421,7 +421,7 @@ class Walk:
                     lost = entering - streams.current[batch].to(target.device)
                     target = target + no_larger(lost, normed)
                 scales.append(error_scales(normed))
-                targets.append(streams.stored(target))
+                targets.append(streams.stored(target * scales[-1].to(target)))
         return targets, scales
 
     def _search(self, moments: LayerMoments, index: int) -> tuple[SearchResult, tuple[Tensor, Tensor]]:
@@ -482,7 +482,7 @@ class Walk:
         inputs, turn = targets, None
 
         def collect(_module: nn.Module, args: tuple) -> None:
-            refit.update(args[0], targets[batch], streams.masks[batch], scales[batch])
+            refit.update(args[0] * scales[batch].to(args[0]), targets[batch], streams.masks[batch])
             # In the place of its target, which is done with.
             inputs[batch] = streams.stored(args[0])
             raise Stop

@@ -29,8 +29,8 @@ class OutputRefit:
     """Streaming ridge regression of a layer's original attention output on the grouped model's.
 
     Minimises ||Y - (W + X) Z||^2 + lam ||X||^2 over the change X of o_proj, with Z (H D, N) the inputs of o_proj in
-    the grouped model and Y (E, N) the outputs (without bias) in the original, both times the scale of each token:
-    X = R Q^-1 with the residual R = Y Z^T - W Z Z^T and Q = Z Z^T + lam I. Only the two Grams are kept.
+    the grouped model and Y (E, N) the outputs (without bias) in the original: X = R Q^-1 with the residual
+    R = Y Z^T - W Z Z^T and Q = Z Z^T + lam I. Only the two Grams are kept.
 
     Args:
         weight: W, (E, H D), o_proj's weight.
@@ -46,17 +46,14 @@ class OutputRefit:
         self._cross = torch.zeros_like(self.weight)
         self._change: Tensor | None = None
 
-    def update(
-        self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None, scales: Tensor | None = None
-    ) -> None:
-        """Add one batch: inputs (B, T, H D) and targets (B, T, E) of Z^T and Y^T, before they are scaled.
+    def update(self, inputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> None:
+        """Add one batch: inputs (B, T, H D) and targets (B, T, E) of Z^T and Y^T.
+
+        A token's error counts as much as the scale that both its input and its target are multiplied by.
 
         Args:
             mask: (B, T), nonzero at tokens that count; None counts all.
-            scales: (B, T, 1), of each token's error; None is 1.
         """
-        if scales is not None:
-            inputs, targets = inputs * scales.to(inputs), targets * scales.to(targets)
         inputs = tokens_that_count(inputs, mask).to(self.weight.device)
         targets = tokens_that_count(targets, mask).to(self.weight.device)
         self._inputs += outer_sum(inputs, inputs)
