@@ -515,7 +515,7 @@ class Walk:
         _write_lora(lora, self.adapter, factors)
 
         def attended(batch: int) -> Tensor:
-            heads, inputs[batch] = inputs[batch].to(refit.weight.device, non_blocking=True), None
+            heads, inputs[batch] = inputs[batch].to(output_weight.device, non_blocking=True), None
             if turn is None:
                 return heads
             return turn(heads.unflatten(-1, (site.shape.num_attention_heads, -1))).flatten(-2)
