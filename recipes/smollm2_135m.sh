@@ -7,6 +7,7 @@
 #
 # HEADS, WIDTH   KV heads and their width: 1 x 128 is 2/3 of the cache, 1 x 96 half of it, 1 x 64 a third
 # TOKENS         of the recovery; CALIBRATION  tokens that the initialisation reads (the more the better, up to 65536)
+# LENGTH         tokens of a row, 2048 on a GPU: what stands further back than rows are long is found again less often
 # TRAIN, TEXT    .txt to recover on and to measure on; without them the text of Python's standard library, most of it
 #                and its held-out modules
 # ARC            folder of ARC's CSV files, see recipes/tasks/arc_easy_csv.yaml; without it no tasks
@@ -23,13 +24,14 @@ out=${OUT:-out/smollm2_135m}
 mkdir -p "$out"
 
 if has_gpu; then
-    tokens=${TOKENS:-4000000} calibration=${CALIBRATION:-65536} device=(--bf16 true)
+    tokens=${TOKENS:-4000000} calibration=${CALIBRATION:-65536} length=${LENGTH:-2048} device=(--bf16 true)
     evaluation=() needles=()
 else
-    tokens=${TOKENS:-40960} calibration=${CALIBRATION:-32768} device=(--bf16 false --use_cpu true)
+    tokens=${TOKENS:-40960} calibration=${CALIBRATION:-32768} length=${LENGTH:-512} device=(--bf16 false --use_cpu true)
     evaluation=(--max-tokens 8192) needles=(--contexts 1024 --depths 0 1 --repeats 1)
 fi
-steps=$((tokens / 2048)) # of 4 sequences of 512 tokens
+rows=$((length < 2048 ? 2048 / length : 1)) # of a step
+steps=$((tokens / (rows * length)))
 if [[ -n ${ARC:-} ]]; then
     evaluation+=(--tasks "arc_easy_csv,arc_challenge_csv" --task-folder recipes/tasks --task-metadata "arc_folder=$ARC")
 fi
@@ -43,7 +45,7 @@ stage "2. Convert, recover on $tokens tokens, merge: out come adapter/ and plain
     --model_name_or_path "$out/base" --dataset "$train" --held_out_fraction 0.002 \
     --num_key_value_heads "${HEADS:-1}" --head_dim "${WIDTH:-128}" --grouping symmetric \
     --calibration_tokens "$calibration" --lora_r 64 --lora_alpha 64 --learning_rate 7e-4 \
-    --max_steps "$steps" --warmup_steps $((steps / 20 + 1)) --per_device_train_batch_size 4 --max_length 512 \
+    --max_steps "$steps" --warmup_steps $((steps / 20 + 1)) --per_device_train_batch_size "$rows" --max_length "$length" \
     --save_steps 500 --output_dir "$out" "${device[@]}"
 
 stage "3. Beside the base: perplexity and tasks, needles, instructions"

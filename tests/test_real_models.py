@@ -61,6 +61,7 @@ def test_commands_of_smollm2(cuda, tmp_path, monkeypatch):
     assert fetch == [f"{out}/base"]
     args, training = recovery_of(convert, "tiny.yaml")
     assert (args.num_key_value_heads, args.head_dim, args.dataset, training.max_steps) == (1, 96, "train.txt", 4)
+    assert (training.per_device_train_batch_size, training.max_length) == ((1, 2048) if cuda else (4, 512))
     assert ("--bf16 true" in " ".join(convert)) == cuda
     assert args.model_name_or_path == f"{out}/base" and training.output_dir == str(out)
     both = [f"{out}/base", f"{out}/plain"]
