@@ -27,7 +27,9 @@ if has_gpu; then
     evaluation=() needles=() instructions=()
 else
     size=${SIZE:-0.5b} tokens=${TOKENS:-4096} calibration=${CALIBRATION:-4096}
-    rows=1 length=512 warmup=2 dtype=float32 device=(--bf16 false --use_cpu true --torch_compile false)
+    rows=1 length=512 warmup=2 dtype=float32
+    # So few tokens get no further than the refit does.
+    device=(--bf16 false --use_cpu true --torch_compile false --refit_output true)
     evaluation=(--max-tokens 2048 --decode-tokens 8) needles=(--contexts 512 --depths 0 1 --repeats 1)
     instructions=(--max-new-tokens 16)
 fi

@@ -70,7 +70,10 @@ class ConversionArguments:
     criterion: str = field(default="residual", metadata={"help": "cosine or residual."})
     merge: str = field(default="principal", metadata={"help": "mean, aligned or principal."})
     max_group_size: int | None = field(default=None, metadata={"help": "Largest group, in the base's KV heads."})
-    refit_output: bool = field(default=True, metadata={"help": "Start o_proj's LoRA from a least-squares fit."})
+    refit_output: bool = field(
+        default=False,
+        metadata={"help": "Start o_proj's LoRA from a least-squares fit: better untrained, worse after a recovery."},
+    )
     fit_steps: int = field(
         default=0, metadata={"help": "Gradient steps per layer, each on a calibration batch, that fit shared heads."}
     )

@@ -27,7 +27,9 @@ if has_gpu; then
     tokens=${TOKENS:-4000000} calibration=${CALIBRATION:-65536} length=${LENGTH:-2048} device=(--bf16 true)
     evaluation=() needles=()
 else
-    tokens=${TOKENS:-40960} calibration=${CALIBRATION:-32768} length=${LENGTH:-512} device=(--bf16 false --use_cpu true)
+    # So few tokens get no further than the refit does.
+    tokens=${TOKENS:-40960} calibration=${CALIBRATION:-32768} length=${LENGTH:-512}
+    device=(--bf16 false --use_cpu true --refit_output true)
     evaluation=(--max-tokens 8192) needles=(--contexts 1024 --depths 0 1 --repeats 1)
 fi
 rows=$((length < 2048 ? 2048 / length : 1)) # of a step
