@@ -7,6 +7,7 @@
 #
 # SIZE           1.5b (downloads 1.1 GB) or 0.5b (0.5 GB)
 # TOKENS         of the recovery; CALIBRATION  tokens that the initialisation reads
+# REFIT          whether to start from the output refit: better at once, worse after a recovery; true in a trial on a CPU
 # TRAIN, TEXT    .txt to recover on and to measure on; without them the text of Python's standard library, most of it
 #                and its held-out modules
 # MMLU           zip file of MMLU's CSV files, see recipes/tasks/mmlu_csv.yaml, asked without examples; without it no
@@ -23,13 +24,12 @@ make_model_environment
 
 if has_gpu; then
     size=${SIZE:-1.5b} tokens=${TOKENS:-6000000} calibration=${CALIBRATION:-262144}
-    rows=4 length=2048 warmup=30 dtype=bfloat16 device=(--bf16 true)
+    rows=4 length=2048 warmup=30 dtype=bfloat16 refit=${REFIT:-false} device=(--bf16 true)
     evaluation=() needles=() instructions=()
 else
     size=${SIZE:-0.5b} tokens=${TOKENS:-4096} calibration=${CALIBRATION:-4096}
-    rows=1 length=512 warmup=2 dtype=float32
-    # So few tokens get no further than the refit does.
-    device=(--bf16 false --use_cpu true --torch_compile false --refit_output true)
+    rows=1 length=512 warmup=2 dtype=float32 refit=${REFIT:-true}
+    device=(--bf16 false --use_cpu true --torch_compile false)
     evaluation=(--max-tokens 2048 --decode-tokens 8) needles=(--contexts 512 --depths 0 1 --repeats 1)
     instructions=(--max-new-tokens 16)
 fi
@@ -47,7 +47,7 @@ choose_texts "$out"
 stage "2. Convert, recover on $tokens tokens, merge: out come adapter/ and plain/"
 [[ -e $out/plain ]] || "$PYTHON" recipes/recover.py --config recipes/configs/qwen1_5_7b.yaml \
     --model_name_or_path "$out/base" --dataset "$train" --dataset_split train --held_out_fraction 0.002 \
-    --num_key_value_heads 1 --grouping symmetric --calibration_tokens "$calibration" \
+    --num_key_value_heads 1 --grouping symmetric --calibration_tokens "$calibration" --refit_output "$refit" \
     --learning_rate 3e-4 --max_steps $((tokens / (rows * length))) --warmup_steps "$warmup" --per_device_train_batch_size "$rows" \
     --gradient_accumulation_steps 1 --max_length "$length" --save_steps 5000 --logging_steps 20 \
     --output_dir "$out" "${device[@]}"

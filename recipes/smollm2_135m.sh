@@ -7,6 +7,7 @@
 #
 # HEADS, WIDTH   KV heads and their width: 1 x 128 is 2/3 of the cache, 1 x 96 half of it, 1 x 64 a third
 # TOKENS         of the recovery; CALIBRATION  tokens that the initialisation reads (the more the better, up to 65536)
+# REFIT          whether to start from the output refit: better at once, worse after a recovery; true in a trial on a CPU
 # LENGTH         tokens of a row, 2048 on a GPU: what stands further back than rows are long is found again less often
 # TRAIN, TEXT    .txt to recover on and to measure on; without them the text of Python's standard library, most of it
 #                and its held-out modules
@@ -24,12 +25,12 @@ out=${OUT:-out/smollm2_135m}
 mkdir -p "$out"
 
 if has_gpu; then
-    tokens=${TOKENS:-4000000} calibration=${CALIBRATION:-65536} length=${LENGTH:-2048} device=(--bf16 true)
+    tokens=${TOKENS:-4000000} calibration=${CALIBRATION:-65536} length=${LENGTH:-2048} refit=${REFIT:-false}
+    device=(--bf16 true)
     evaluation=() needles=()
 else
-    # So few tokens get no further than the refit does.
-    tokens=${TOKENS:-40960} calibration=${CALIBRATION:-32768} length=${LENGTH:-512}
-    device=(--bf16 false --use_cpu true --refit_output true)
+    tokens=${TOKENS:-40960} calibration=${CALIBRATION:-32768} length=${LENGTH:-512} refit=${REFIT:-true}
+    device=(--bf16 false --use_cpu true)
     evaluation=(--max-tokens 8192) needles=(--contexts 1024 --depths 0 1 --repeats 1)
 fi
 rows=$((length < 2048 ? 2048 / length : 1)) # of a step
@@ -46,7 +47,7 @@ stage "2. Convert, recover on $tokens tokens, merge: out come adapter/ and plain
 [[ -e $out/plain ]] || "$PYTHON" recipes/recover.py --config recipes/configs/tiny.yaml \
     --model_name_or_path "$out/base" --dataset "$train" --held_out_fraction 0.002 \
     --num_key_value_heads "${HEADS:-1}" --head_dim "${WIDTH:-128}" --grouping symmetric \
-    --calibration_tokens "$calibration" --lora_r 64 --lora_alpha 64 --learning_rate 7e-4 \
+    --calibration_tokens "$calibration" --refit_output "$refit" --lora_r 64 --lora_alpha 64 --learning_rate 7e-4 \
     --max_steps "$steps" --warmup_steps $((steps / 20 + 1)) --per_device_train_batch_size "$rows" --max_length "$length" \
     --save_steps 500 --output_dir "$out" "${device[@]}"
 

@@ -482,6 +482,7 @@ class Walk:
         inputs, turn = targets, None
 
         def collect(_module: nn.Module, args: tuple) -> None:
+            # The target is scaled already.
             refit.update(args[0] * scales[batch].to(args[0]), targets[batch], streams.masks[batch])
             # In the place of its target, which is done with.
             inputs[batch] = streams.stored(args[0])
