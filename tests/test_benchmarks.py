@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asymgqa_peft.adapter.slots import HeadLayout
 from asymgqa_peft.attention import register_grouped_sdpa
+from asymgqa_peft.evaluate import perplexity
 from asymgqa_peft.heads import HeadShape, SharedShape
 from asymgqa_peft.method.costs import group_costs
 from asymgqa_peft.method.statistics import LayerStatistics
 from asymgqa_peft.method.threads import map_in_threads, share_of_cores, use_threads
+from recipes import stdlib_text
 from recipes.benchmarks import (
     conversion,
     decode,
@@ -373,6 +375,23 @@ def test_wide_heads_are_measured_against_narrow_ones_of_the_same_bytes(tmp_path)
     fitted = [json.loads(line) for line in out.read_text().splitlines()][len(lines) :]
     assert [line["fit_steps"] for line in fitted] == [4, 4, 4]  # other measurements than those of the same arm
     assert fitted[0]["validation"] != wide[0]["validation"]
+
+
+def test_without_tokens_the_untrained_models_are_kept(tmp_path):
+    """As a plain checkpoint that is as far from the base as the line says."""
+    out, plain = tmp_path / "lines.jsonl", tmp_path / "plain"
+    command = ["--model", str(RECIPES / "tiny_model"), "--data", "stdlib", "--out", str(out), "--device", "cpu"]
+    command += ["--shares", "1/8", "--widths", "64", "--groupings", "symmetric", "--tokens", "--block-size", "128"]
+    command += ["--calibration-blocks", "12", "--held-out-blocks", "2", "--save-plain", str(plain)]
+    wide_heads.main(command)
+    untrained = next(line for line in map(json.loads, out.read_text().splitlines()) if line["stage"] == "untrained")
+    (folder,) = plain.iterdir()
+    assert folder.name == untrained["saved"] and "untrained" in folder.name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    blocks = stdlib_text.token_blocks(stdlib_text.held_out_texts(), tokenizer, 128)[:2]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert perplexity(model, [blocks]) == pytest.approx(untrained["held_out"], rel=1e-4)
+    assert untrained["held_out_x_base"] > 1.01  # of this model, not of the base
 
 
 # Special tokens, a system message of its own, and a blank before a user's words.

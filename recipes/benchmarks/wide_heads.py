@@ -194,7 +194,9 @@ class Grid:
             return
         model, common = self.initialized(key, head_dim)
         if not self.has(untrained):
-            self.emit(untrained, common | self.measured(model))
+            # Where recoveries follow, it is their models that --save and --save-plain ask for.
+            saved = self.save(model, untrained) if not recoveries else {}
+            self.emit(untrained, common | self.measured(model) | saved)
         start = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
         for options, lines in recoveries:
             with torch.no_grad():
@@ -315,8 +317,12 @@ class Grid:
         if not (self.args.save or self.args.save_plain):
             return {}
         parts = [self.args.name, f"G{line['groups']}", f"W{line['width']}", line["grouping"], line["merge"]]
+        if line["stage"] == "recovered":
+            parts += [line["objective"], f"{line['tokens'] / 1e6:g}M"]
+        else:
+            parts.append(line["stage"])
         number = zlib.crc32(repr(identity({"model": self.args.name, **line})).encode())  # no two lines share a folder
-        name = "_".join([*parts, line["objective"], f"{line['tokens'] / 1e6:g}M", f"{number:08x}"])
+        name = "_".join([*parts, f"{number:08x}"])
         if self.args.save:
             model.save_pretrained(self.args.save / name)
         if self.args.save_plain:
@@ -427,8 +433,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=512)
     parser.add_argument("--context", type=int, default=2048, help="of the prefill whose FLOPs are counted")
     parser.add_argument("--deadline", type=float, default=math.inf, help="seconds: what takes longer is not begun")
-    parser.add_argument("--save", type=Path, help="folder for the recovered adapters")
-    parser.add_argument("--save-plain", type=Path, help="folder for the recovered models as plain checkpoints")
+    parser.add_argument("--save", type=Path, help="folder for the recovered adapters, without --tokens the untrained")
+    parser.add_argument("--save-plain", type=Path, help="folder for the same models as plain checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="eager steps")
     parser.add_argument("--compile", action="store_true", help="the layers too, not only the loss")
