@@ -76,7 +76,8 @@ def test_commands_of_smollm2(cuda, tmp_path, monkeypatch):
 @pytest.mark.parametrize("cuda", [True, False])
 def test_commands_of_qwen2_5_coder(cuda, tmp_path, monkeypatch):
     names = ["qwen2_5_coder.py", "recover.py", "evaluate.py", "needles.py", "instructions.py"]
-    options = {"TOKENS": 16384, "TRAIN": "train.txt", "TEXT": "held_out.txt", "MMLU": "mmlu.zip", "GGUF": "m.gguf"}
+    options = {"TOKENS": 16384, "RATE": 1e-4, "TRAIN": "train.txt", "TEXT": "held_out.txt"}
+    options |= {"MMLU": "mmlu.zip", "GGUF": "m.gguf"}
     commands = commands_of("qwen2_5_coder.sh", names, tmp_path, cuda, **options)
     fetch, convert, measure, find, obey = commands
     out = tmp_path / "out"
@@ -87,6 +88,7 @@ def test_commands_of_qwen2_5_coder(cuda, tmp_path, monkeypatch):
     assert (args.num_key_value_heads, args.head_dim, args.dataset) == (1, None, "train.txt")
     in_a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.max_length
     assert training.max_steps * in_a_step == 16384 and (in_a_step == 8192) == cuda
+    assert training.learning_rate == 1e-4
     assert ("--bf16 true" in " ".join(convert)) == cuda == training.torch_compile
     assert args.refit_output != cuda  # a trial on a CPU starts from it
     assert args.model_name_or_path == f"{out}/base" and training.output_dir == str(out)
