@@ -40,7 +40,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import lzma
 import math
 import platform
 import shlex
@@ -63,6 +62,7 @@ from transformers import (
 )
 
 from recipes import stdlib_text
+from recipes.text_file import read_text
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 RECIPES = Path(__file__).resolve().parent
@@ -185,13 +185,8 @@ def load_corpus(args: argparse.Namespace) -> Corpus:
 
 def read_pieces(path: Path) -> list[str]:
     """A text file, cut at blank lines into pieces of about `PIECE_CHARACTERS`, in order."""
-    opened = open
-    if path.suffix == ".xz":
-        opened = lzma.open
-    with opened(path, "rt", encoding="utf-8") as file:
-        paragraphs = file.read().split("\n\n")
     pieces, piece, length = [], [], 0
-    for paragraph in paragraphs:
+    for paragraph in read_text(path).split("\n\n"):
         piece.append(paragraph)
         length += len(paragraph) + 2
         if length >= PIECE_CHARACTERS:

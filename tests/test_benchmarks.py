@@ -36,6 +36,7 @@ from recipes.benchmarks import (
     shapes,
     wide_heads,
 )
+from recipes.text_file import read_text
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = "--shape tiny --groups 2 --device cpu"
@@ -418,7 +419,7 @@ def samples_of(arguments: list[str], out: Path, monkeypatch) -> tuple[torch.Tens
     monkeypatch.setattr(own_text, "texts", lambda sampled, *rest: batches.append(sampled) or write(sampled, *rest))
     own_text.main([*arguments, "--out", str(out), "--tokens", "1", "--length", "40", "--batch-size", "3"])
     (batch,) = batches
-    return batch, own_text.open_text(out)
+    return batch, read_text(out)
 
 
 def test_conversations_begin_as_the_chat_template_does_and_keep_special_tokens(chat_model, tmp_path, monkeypatch):

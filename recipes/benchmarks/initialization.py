@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import lzma
 import time
 from pathlib import Path
 from statistics import fmean
@@ -27,6 +26,7 @@ from asymgqa_peft import AsymGQAConfig, initialize_asymgqa_weights
 from asymgqa_peft.evaluate import perplexity
 from recipes.reporting import print_report
 from recipes.stdlib_text import held_out_texts, token_blocks, validation_texts
+from recipes.text_file import read_text
 
 RECIPES = Path(__file__).resolve().parents[1]
 
@@ -108,14 +108,10 @@ def summary(name: str, ratio: int, runs: list[dict], reference: float) -> dict:
 
 
 def read(path: Path | None) -> list[str] | None:
-    """A text file, .xz or plain."""
+    """The one text of a file, .xz or plain; None without a path."""
     if path is None:
         return None
-    opened = open
-    if path.suffix == ".xz":
-        opened = lzma.open
-    with opened(path, "rt", encoding="utf-8") as file:
-        return [file.read()]
+    return [read_text(path)]
 
 
 def model_and_texts(description: str) -> argparse.ArgumentParser:

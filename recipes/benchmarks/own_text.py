@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from recipes.stdlib_text import token_ids
+from recipes.text_file import read_text
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         ids = before_a_request(tokenizer)
         begun = len(ids)
     else:
-        ids = token_ids([open_text(path) for path in args.prompts], tokenizer)
+        ids = token_ids([read_text(path) for path in args.prompts], tokenizer)
         begun = args.prompt_tokens
     if args.length <= begun:
         raise SystemExit(f"--length {args.length}: a sample begins with {begun} tokens already, make it longer.")
@@ -91,12 +92,6 @@ def texts(sampled: torch.Tensor, tokenizer: PreTrainedTokenizerBase, chat: bool)
     tokens each, 4 came back token by token; the others were at most 6 tokens shorter or 2 longer.
     """
     return tokenizer.batch_decode(sampled, skip_special_tokens=not chat, clean_up_tokenization_spaces=False)
-
-
-def open_text(path: Path) -> str:
-    """A text file, .xz or plain."""
-    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-        return file.read()
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:

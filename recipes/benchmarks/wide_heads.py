@@ -24,7 +24,6 @@ import copy
 import gc
 import glob
 import json
-import lzma
 import math
 import shlex
 import time
@@ -44,6 +43,7 @@ from recipes.benchmarks import recovery_loop
 from recipes.benchmarks.recovery_loop import BLOCKS_A_FORWARD, Lessons, Recovery, RecoveryOptions, works_in_bf16
 from recipes.folders import replacing
 from recipes.reporting import provenance
+from recipes.text_file import read_text
 
 VALIDATION_BLOCKS = 48
 FITTED_BLOCKS = 2  # in a step of --fit-steps
@@ -58,12 +58,6 @@ def main(arguments: list[str] | None = None) -> None:
 # ------------------------------------------------------------------------------------------------------ texts
 
 
-def read(path: str) -> str:
-    """A text file, .xz or plain."""
-    with (lzma.open if path.endswith(".xz") else open)(path, "rt", encoding="utf-8") as file:
-        return file.read()
-
-
 def texts(args: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
     """Training, calibration and held-out texts."""
     if args.data == "stdlib":
@@ -76,7 +70,7 @@ def texts(args: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
         (path,) = args.text
         corpus = pretrain_tiny.load_corpus(argparse.Namespace(text=Path(path), stdlib=None))
         return corpus.training, corpus.validation, corpus.held_out
-    return [read(path) for path in args.text], [read(args.calibration)], [read(args.held_out)]
+    return [read_text(path) for path in args.text], [read_text(args.calibration)], [read_text(args.held_out)]
 
 
 def load_blocks(args: argparse.Namespace, tokenizer) -> dict[str, torch.Tensor]:
