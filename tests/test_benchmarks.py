@@ -378,21 +378,33 @@ def test_wide_heads_are_measured_against_narrow_ones_of_the_same_bytes(tmp_path)
     assert fitted[0]["validation"] != wide[0]["validation"]
 
 
+def kept_models(folder: Path, *options: str) -> tuple[list[Path], list[dict]]:
+    """What wide_heads.py keeps of one head of 64 instead of 16 of 32, as plain checkpoints, and its lines."""
+    out, plain = folder / "lines.jsonl", folder / "plain"
+    command = ["--model", str(RECIPES / "tiny_model"), "--data", "stdlib", "--out", str(out), "--device", "cpu"]
+    command += ["--shares", "1/8", "--widths", "64", "--groupings", "symmetric", "--block-size", "128"]
+    command += ["--calibration-blocks", "12", "--held-out-blocks", "2", "--save-plain", str(plain)]
+    wide_heads.main([*command, *options])
+    return list(plain.iterdir()), [json.loads(line) for line in out.read_text().splitlines()]
+
+
 def test_without_tokens_the_untrained_models_are_kept(tmp_path):
     """As a plain checkpoint that is as far from the base as the line says."""
-    out, plain = tmp_path / "lines.jsonl", tmp_path / "plain"
-    command = ["--model", str(RECIPES / "tiny_model"), "--data", "stdlib", "--out", str(out), "--device", "cpu"]
-    command += ["--shares", "1/8", "--widths", "64", "--groupings", "symmetric", "--tokens", "--block-size", "128"]
-    command += ["--calibration-blocks", "12", "--held-out-blocks", "2", "--save-plain", str(plain)]
-    wide_heads.main(command)
-    untrained = next(line for line in map(json.loads, out.read_text().splitlines()) if line["stage"] == "untrained")
-    (folder,) = plain.iterdir()
+    (folder,), lines = kept_models(tmp_path, "--tokens")
+    untrained = next(line for line in lines if line["stage"] == "untrained")
     assert folder.name == untrained["saved"] and "untrained" in folder.name
     tokenizer = AutoTokenizer.from_pretrained(folder)
     blocks = stdlib_text.token_blocks(stdlib_text.held_out_texts(), tokenizer, 128)[:2]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert perplexity(model, [blocks]) == pytest.approx(untrained["held_out"], rel=1e-4)
     assert untrained["held_out_x_base"] > 1.01  # of this model, not of the base
+
+
+def test_with_tokens_the_recovered_models_alone_are_kept(tmp_path):
+    """Also where a calibration seed is measured untrained only."""
+    (folder,), lines = kept_models(tmp_path, "--tokens", "256", "--batch-size", "2", "--seeds", "0", "1")
+    assert [line["stage"] for line in lines] == ["base", "untrained", "recovered", "plain", "untrained"]
+    assert [line["stage"] for line in lines if line.get("saved") == folder.name] == ["recovered"]
 
 
 # Special tokens, a system message of its own, and a blank before a user's words.

@@ -63,6 +63,7 @@ def test_commands_of_smollm2(cuda, tmp_path, monkeypatch):
     assert (args.num_key_value_heads, args.head_dim, args.dataset, training.max_steps) == (1, 96, "train.txt", 4)
     assert (training.per_device_train_batch_size, training.max_length) == ((1, 2048) if cuda else (4, 512))
     assert ("--bf16 true" in " ".join(convert)) == cuda
+    assert args.refit_output != cuda  # a trial on a CPU starts from it
     assert args.model_name_or_path == f"{out}/base" and training.output_dir == str(out)
     both = [f"{out}/base", f"{out}/plain"]
     measured = measured_by(measure, monkeypatch)

@@ -188,8 +188,10 @@ class Grid:
             return
         model, common = self.initialized(key, head_dim)
         if not self.has(untrained):
-            # Where recoveries follow, it is their models that --save and --save-plain ask for.
-            saved = self.save(model, untrained) if not recoveries else {}
+            saved = {}
+            # With --tokens it is the recovered models that --save and --save-plain ask for.
+            if not any(options.tokens for options in args.recoveries):
+                saved = self.save(model, untrained)
             self.emit(untrained, common | self.measured(model) | saved)
         start = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
         for options, lines in recoveries:
